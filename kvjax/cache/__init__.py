@@ -1,0 +1,1 @@
+"""The immutable paged KV cache: pure functions over one pytree. Imports nothing of ours but errors and types."""

@@ -1,0 +1,97 @@
+"""H2O: keep the heavy hitters and the newest (Zhang et al. 2023, 2306.14048)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.policies.protocol import (
+    EMPTY,
+    Read,
+    RowState,
+    appended,
+    highest_newest,
+    oldest_lowest,
+)
+from kvjax.cache.policies.tova import touches_any
+from kvjax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class H2O:
+    """Keeps per KV head the `recent` newest tokens and the `heavy` highest of the others.
+
+    A slot's score is all the attention weight it has received so far, over the query heads of its group, its own first
+    row included; never divided by a count, and forgotten when it is dropped. Once heavy + recent + 1 are held, the
+    lowest outside the `recent` newest (the current token is the newest) leaves after the step. Ties: the newer stays.
+    """
+
+    heavy: int
+    recent: int
+    rows: Literal["head"] = dataclasses.field(default="head", init=False, repr=False)
+    observes: bool = dataclasses.field(default=True, init=False, repr=False)
+    in_order: bool = dataclasses.field(default=False, init=False, repr=False)
+    append_only: bool = dataclasses.field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("heavy", "recent"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"H2O.{name} must be an integer of at least 0, got {value!r}")
+        if self.heavy + self.recent < 1:
+            raise ConfigError("H2O must keep something: heavy + recent is 0")
+
+    @property
+    def budget(self) -> int:
+        """Tokens held between steps."""
+        return self.heavy + self.recent
+
+    def capacity(self, tokens: int) -> int:
+        """The budget and the current token."""
+        return min(tokens, self.budget + 1)
+
+    def slots(self, length: jax.Array, victim: jax.Array, seen: jax.Array, positions: jax.Array) -> jax.Array:
+        """The victim's slot, or behind what is held."""
+        behind = appended(length, seen, positions)
+        return jnp.where((victim[..., None] >= 0) & (behind >= 0), victim[..., None], behind)
+
+    def touches(
+        self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int
+    ) -> jax.Array:
+        """Any page once slots are reused, before that the open one and new ones."""
+        return touches_any(length, n, self.budget + 1, starts, page_size)
+
+    def reads(self, window: int | None) -> tuple[Read, ...]:
+        """Everything held, within the model's own window."""
+        return (Read(window=window),)
+
+    def row_state(self, rows: int, batch: int, slots: int) -> RowState:
+        """score: the weight received so far."""
+        return {"score": jnp.zeros((rows, batch, slots), jnp.float32)}
+
+    def prompt_rows(self, positions: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Every prompt row counts."""
+        return (positions >= 0).astype(jnp.float32)
+
+    def observe(self, state: RowState, weights: jax.Array, active: jax.Array) -> RowState:
+        """The new row adds to the sum; a sequence without a token this step adds nothing."""
+        return {"score": state["score"] + jnp.where(active[:, None], weights, 0.0)}
+
+    def victims(self, state: RowState, position: jax.Array, length: jax.Array) -> jax.Array:
+        """The lowest score outside the newest, once heavy + recent + 1 are held."""
+        score = jnp.where(self._outside_recent(position), state["score"], jnp.inf)
+        return jnp.where(length > self.budget, oldest_lowest(score, position), EMPTY)
+
+    def keep(self, state: RowState, position: jax.Array) -> jax.Array:
+        """The newest, and the highest of the others."""
+        outside = self._outside_recent(position)
+        heavy = highest_newest(jnp.where(outside, state["score"], -jnp.inf), position, self.heavy)
+        return heavy | ((position >= 0) & ~outside)
+
+    def _outside_recent(self, position: jax.Array) -> jax.Array:
+        """bool[..., S]: held, and not among the `recent` newest. The newest are always held, so they are the last."""
+        newest = jnp.max(position, axis=-1, keepdims=True)
+        return (position >= 0) & (position <= newest - self.recent)

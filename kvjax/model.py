@@ -1,0 +1,77 @@
+"""`Model`: a config, its weights and its tokenizer, in one immutable value."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.attention.dense import DenseAttend
+from kvjax.config import ModelConfig
+from kvjax.models import Decoder
+from kvjax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """What `kvjax.load` returns.
+
+    Attributes:
+      config: the architecture.
+      params: weights, one subtree per layer (`layers_0`, ...).
+      tokenizer: a `tokenizers.Tokenizer`, or None: then prompts are token ids.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Any = None
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the weights, and of activations."""
+        return self.params["embed"]["embedding"].dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, tied ones once."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+@functools.lru_cache(maxsize=64)
+def parameter_shapes(config: ModelConfig, scan: bool = False) -> Params:
+    """The parameter tree of a config as `jax.ShapeDtypeStruct`s, without computing anything."""
+    module = Decoder(config, DenseAttend(), scan=scan)
+    dummy = jnp.zeros((1, 2), jnp.int32)
+    shapes = jax.eval_shape(lambda key: module.init(key, dummy, dummy, method="initialise"), jax.random.key(0))
+    return shapes["params"]
+
+
+def init(config: ModelConfig | str | Path, seed: int = 0, dtype: Any = None) -> Model:
+    """A model with random weights: normal, 1/sqrt(fan-in); norms 1, biases 0, embeddings 0.02.
+
+    Args:
+      config: a ModelConfig, or the path of a TOML file with a `[model]` table.
+      dtype: None: the config's own dtype.
+    """
+    if not isinstance(config, ModelConfig):
+        config = ModelConfig.from_toml(config)
+    wanted = jnp.dtype(config.dtype if dtype is None else dtype)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(parameter_shapes(config))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def draw(path: Any, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if name == "scale":
+            return jnp.ones(shape, wanted)
+        if name == "bias":
+            return jnp.zeros(shape, wanted)
+        spread = 0.02 if name == "embedding" else float(np.prod(shape[:-1])) ** -0.5
+        return (spread * jax.random.normal(key, shape, jnp.float32)).astype(wanted)
+
+    arrays = [draw(path, leaf.shape, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
+    return Model(config, jax.tree_util.tree_unflatten(tree, arrays))

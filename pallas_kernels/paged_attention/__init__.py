@@ -1,0 +1,1 @@
+"""Attention over the page pool through a block table."""

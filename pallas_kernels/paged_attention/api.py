@@ -1,0 +1,134 @@
+"""Paged attention: validation and dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import choose
+from pallas_kernels.paged_attention import reference
+
+BACKENDS = {"xla": vars(reference)}
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array | None,
+    block_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    layer: jax.Array,
+    positions: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    window: jax.Array | int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    value_dim: int | None = None,
+    k_scale: jax.Array | None = None,
+    k_min: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    v_min: jax.Array | None = None,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of q over the slots that a block table names (Kwon et al. 2023, 2309.06180).
+
+    Args:
+      q: [B, T, H, D], rotated. T = 1: decoding; T a chunk: prefill over pages.
+      k_pool, v_pool: [P, layers_per_page, heads_per_page, page, D]; v_pool None: the value is the key's first value_dim
+        columns (MLA). heads_per_page 1: each KV head has a row of its own.
+      block_table: int32[B, K or 1, N], -1 is no page. lengths: int32[B, K or 1], slots in use, whatever their order.
+      layer: int32[1], the layer's place within a page; traced, so that one compilation serves all layers.
+      positions: int32[B, K or 1, N * page], where each slot's token stands, -1 skips it; None: the slot's own index.
+      q_positions: int32[B, T], -1 is padding; None: the last T positions before `lengths`.
+      window: a query sees positions less than this far back, its own included.
+      k_scale, k_min, v_scale, v_min: the codec's scales, per vector float32[P, layers, heads, page] or grouped
+        float16[P, layers, heads, page, D / group] with minima.
+
+    Returns:
+      out [B, T, H, Dv] in q's dtype; lse float32[B, T, H], natural log. A query that sees nothing gets 0 and -inf.
+    """
+    _validate(q, k_pool, block_table, lengths, layer)
+    if (v_pool is None) == (value_dim is None):
+        raise ValueError("paged_attention takes a v_pool, or v_pool=None and value_dim")
+    options: dict[str, Any] = dict(
+        layer=layer,
+        positions=positions,
+        q_positions=_queries(q, lengths, q_positions),
+        window=window,
+        soft_cap=soft_cap,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        value_dim=value_dim,
+        k_scale=k_scale,
+        k_min=k_min,
+        v_scale=v_scale,
+        v_min=v_min,
+    )
+    call = choose("paged_attention", BACKENDS, backend, q=q, k_pool=k_pool, v_pool=v_pool, **options)
+    return call(q, k_pool, v_pool, block_table, lengths, **options)
+
+
+def paged_weights(
+    q: jax.Array,
+    k_pool: jax.Array,
+    block_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    lse: jax.Array,
+    row_weights: jax.Array,
+    layer: jax.Array,
+    positions: jax.Array | None = None,
+    q_positions: jax.Array | None = None,
+    window: jax.Array | int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    k_scale: jax.Array | None = None,
+    k_min: jax.Array | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """The attention mass each slot receives: a second pass with the final lse.
+
+    Args:
+      lse: float32[B, T, H] from `paged_attention` (after any merge). row_weights: float32[B, T].
+
+    Returns:
+      float32[B, K, S], summed over the query heads of each KV head and over rows; 0 in slots nobody sees.
+    """
+    _validate(q, k_pool, block_table, lengths, layer)
+    options: dict[str, Any] = dict(
+        lse=lse,
+        row_weights=row_weights,
+        layer=layer,
+        positions=positions,
+        q_positions=_queries(q, lengths, q_positions),
+        window=window,
+        soft_cap=soft_cap,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        k_scale=k_scale,
+        k_min=k_min,
+    )
+    call = choose("paged_weights", BACKENDS, backend, q=q, k_pool=k_pool, **options)
+    return call(q, k_pool, block_table, lengths, **options)
+
+
+def _queries(q: jax.Array, lengths: jax.Array, q_positions: jax.Array | None) -> jax.Array:
+    if q_positions is not None:
+        return q_positions
+    return jnp.max(lengths, axis=1, keepdims=True) - q.shape[1] + jnp.arange(q.shape[1])
+
+
+def _validate(q: jax.Array, k_pool: jax.Array, table: jax.Array, lengths: jax.Array, layer: jax.Array) -> None:
+    if q.ndim != 4 or k_pool.ndim != 5 or table.ndim != 3:
+        raise ValueError(
+            "paged attention takes q[B,T,H,D], pools [P,layers,heads,page,D] and block_table[B,K or 1,N]; "
+            f"got {q.shape}, {k_pool.shape} and {table.shape}"
+        )
+    if lengths.shape != table.shape[:2] or layer.shape != (1,):
+        raise ValueError(f"lengths must be {table.shape[:2]} and layer (1,), got {lengths.shape} and {layer.shape}")
+    kv_heads = table.shape[1] if table.shape[1] > 1 else k_pool.shape[2]
+    if table.shape[1] > 1 and k_pool.shape[2] != 1:
+        raise ValueError(f"a row per head needs heads_per_page 1, got {k_pool.shape[2]}")
+    if q.shape[2] % kv_heads:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[2]} and {kv_heads}")

@@ -1,0 +1,113 @@
+"""Paged attention in plain jnp: gather the pages a table names, dequantise, attend. The definition of right."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.softmax import column_weights, softmax_attention, visible
+
+
+def unsupported(**call: object) -> str | None:
+    """Serves every call."""
+    return None
+
+
+def gather(pool: jax.Array, table: jax.Array, layer: jax.Array) -> jax.Array:
+    """pool [P, layers, heads, page, *], table int32[B, K or 1, N] -> [B, K, N * page, *], one layer's slots in table order."""
+    number = jnp.maximum(table, 0)
+    if table.shape[1] == 1:
+        pages = jnp.moveaxis(pool[number[:, 0], layer[0]], 1, 2)  # [B, heads, N, page, *]
+    else:
+        pages = pool[number, layer[0], 0]  # a row of its own for each head
+    return pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
+
+
+def _dequantised(
+    pool: jax.Array,
+    scale: jax.Array | None,
+    minimum: jax.Array | None,
+    table: jax.Array,
+    layer: jax.Array,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    codes = gather(pool, table, layer)
+    if scale is None:
+        return codes.astype(dtype)
+    steps = gather(scale, table, layer).astype(jnp.float32)
+    if steps.ndim == 3:
+        return (codes.astype(jnp.float32) * steps[..., None]).astype(dtype)
+    grouped = codes.astype(jnp.float32).reshape(*steps.shape, -1) * steps[..., None]
+    if minimum is not None:
+        grouped = grouped + gather(minimum, table, layer).astype(jnp.float32)[..., None]
+    return grouped.reshape(codes.shape).astype(dtype)
+
+
+def _mask(
+    table: jax.Array,
+    lengths: jax.Array,
+    slots: int,
+    positions: jax.Array | None,
+    q_positions: jax.Array,
+    window: jax.Array | int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Who sees what, bool[B, K or 1, 1, T, S], and which slots hold a token, bool[B, K or 1, S]."""
+    order = jnp.arange(slots)
+    paged = jnp.repeat(table >= 0, slots // table.shape[-1], axis=-1)
+    held = paged & (order < lengths[..., None])
+    where = jnp.where(held, order if positions is None else positions, -1)
+    return visible(where, q_positions[:, None], window)[:, :, None], where >= 0
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array | None,
+    block_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    layer: jax.Array,
+    positions: jax.Array | None,
+    q_positions: jax.Array,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    scale: float,
+    value_dim: int | None,
+    k_scale: jax.Array | None,
+    k_min: jax.Array | None,
+    v_scale: jax.Array | None,
+    v_min: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.paged_attention`."""
+    k = _dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype)
+    if v_pool is None:
+        v = k[..., :value_dim]
+    else:
+        v = _dequantised(v_pool, v_scale, v_min, block_table, layer, q.dtype)
+    mask, held = _mask(block_table, lengths, k.shape[2], positions, q_positions, window)
+    # Unused slots may hold anything, NaN too, and a weight of 0 does not silence a NaN.
+    v = jnp.where(held[..., None], v, 0)
+    return softmax_attention(q, k, v, mask, scale, soft_cap)
+
+
+def paged_weights(
+    q: jax.Array,
+    k_pool: jax.Array,
+    block_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    lse: jax.Array,
+    row_weights: jax.Array,
+    layer: jax.Array,
+    positions: jax.Array | None,
+    q_positions: jax.Array,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    scale: float,
+    k_scale: jax.Array | None,
+    k_min: jax.Array | None,
+) -> jax.Array:
+    """See `api.paged_weights`."""
+    k = _dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype)
+    mask, _ = _mask(block_table, lengths, k.shape[2], positions, q_positions, window)
+    return column_weights(q, k, mask, lse, row_weights, scale, soft_cap)
