@@ -31,6 +31,7 @@ class OutOfPages(KvjaxError, MemoryError):
       needed: pages the next step would have taken from the pool.
       available: pages that were free.
       partial: what was generated before the pool ran out (a `GenerateOutput`), or None if nothing was.
+      state: the live `State`, whole and usable, where the call had consumed one; else None.
     """
 
     def __init__(self, message: str, *, needed: int = 0, available: int = 0, partial: Any = None):
@@ -38,3 +39,4 @@ class OutOfPages(KvjaxError, MemoryError):
         self.needed = needed
         self.available = available
         self.partial = partial
+        self.state: Any = None

@@ -25,11 +25,13 @@ class Model:
       config: the architecture.
       params: weights, one subtree per layer (`layers_0`, ...).
       tokenizer: a `tokenizers.Tokenizer`, or None: then prompts are token ids.
+      files: name and content of small files beside the weights, such as the chat template, that saving writes back.
     """
 
     config: ModelConfig
     params: Params
     tokenizer: Any = None
+    files: tuple[tuple[str, bytes], ...] = ()
 
     @property
     def dtype(self) -> jnp.dtype:

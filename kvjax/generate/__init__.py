@@ -1,0 +1,1 @@
+"""Prefill, the decode loop, sampling, beam search and scoring."""

@@ -71,14 +71,22 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """tokens, positions int32[B, T] (position -1: padding) -> final hidden states [B, T, hidden] and the cache."""
-        x = self.embed(tokens)
+        x = self.embed_tokens(tokens)
         cache = self.attend.begin(cache, tokens, positions)
         if self.scan:
             (x, cache), _ = self.layers((x, cache), jnp.arange(self.config.num_layers), positions)
         else:
             for index, layer in enumerate(self.layers):
                 (x, cache), _ = layer((x, cache), index, positions)
-        return self.norm(x), self.attend.end(cache)
+        return self.finish(x), self.attend.end(cache)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """int32[B, T] -> [B, T, hidden], what the first layer takes."""
+        return self.embed(tokens)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """What the last layer gives, normalised: the final hidden states."""
+        return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., hidden] -> float32[..., V]."""

@@ -1,0 +1,57 @@
+"""kvjax: the KV cache of large language models, small, shared, fast and easy to change, in JAX.
+
+The KV cache is a value: every way to make it smaller, share it or read less of it is a small pure function over one
+immutable pytree, so methods compose under one `jax.jit`.
+"""
+
+from kvjax import errors
+from kvjax.attention.protocol import Attend
+from kvjax.cache import codecs, policies
+from kvjax.cache.codecs import Codec
+from kvjax.cache.config import CacheConfig
+from kvjax.cache.layout import KVSpec
+from kvjax.cache.policies import Policy
+from kvjax.checkpoint import load, save
+from kvjax.config import MeshConfig, ModelConfig, RopeScaling, Sampling
+from kvjax.generate.api import Stream, extend, fork, generate, prefill, stream
+from kvjax.generate.output import GenerateOutput, Stats
+from kvjax.generate.sampling import LogitsProcessor, ProcessorContext
+from kvjax.generate.score import score
+from kvjax.generate.state import State
+from kvjax.generate.warmup import enable_compilation_cache, warmup
+from kvjax.model import Model, init
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attend",
+    "CacheConfig",
+    "Codec",
+    "GenerateOutput",
+    "KVSpec",
+    "LogitsProcessor",
+    "MeshConfig",
+    "Model",
+    "ModelConfig",
+    "Policy",
+    "ProcessorContext",
+    "RopeScaling",
+    "Sampling",
+    "State",
+    "Stats",
+    "Stream",
+    "codecs",
+    "enable_compilation_cache",
+    "errors",
+    "extend",
+    "fork",
+    "generate",
+    "init",
+    "load",
+    "policies",
+    "prefill",
+    "save",
+    "score",
+    "stream",
+    "warmup",
+]

@@ -1,0 +1,57 @@
+"""Partial results: the reads of a policy over tokens that lie side by side, merged by their log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.policies.protocol import EMPTY, Read
+from kvjax.typing import Rotate
+from pallas_kernels import attention, merge
+
+
+def covered(position: jax.Array, read: Read) -> jax.Array:
+    """Positions that a read covers; -1 elsewhere."""
+    inside = position >= read.first
+    if read.last is not None:
+        inside = inside & (position < read.last)
+    return jnp.where(inside, position, EMPTY)
+
+
+def turned(positions: jax.Array, read: Read) -> jax.Array:
+    """Where the query is rotated to."""
+    return positions if read.turn is None else jnp.minimum(positions, read.turn)
+
+
+def attend_among(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    q_positions: jax.Array,
+    reads: Sequence[Read],
+    rotate: Rotate,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of unrotated q [B,T,H,D] to rotated k, v [B,S,K,*] under a policy's reads.
+
+    positions int32[B, S] and q_positions int32[B, T]: -1 is padding. Returns out [B,T,H,Dv], lse float32[B,T,H].
+    """
+    parts = [
+        attention(
+            rotate(q, turned(q_positions, read)),
+            k,
+            v,
+            causal=True,
+            window=read.window,
+            positions=covered(positions, read),
+            q_positions=q_positions,
+            backend=backend,
+        )
+        for read in reads
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return merge(*(jnp.stack(part) for part in zip(*parts, strict=True)))

@@ -1,0 +1,104 @@
+"""Attention of a whole prompt within one layer, chunk by chunk over scratch keys and values that only this layer needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.attention.partial import attend_among
+from kvjax.cache.codecs import Encoded
+from kvjax.cache.layout import GroupLayout
+from kvjax.typing import Rotate
+from pallas_kernels import attention_weights
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+    """One layer's prompt so far.
+
+    Attributes:
+      k, v: encoded as the cache will hold them, leaves [B, T, K, ...]; v None: the value lies in the key.
+      weights: float32[B, K, T], the attention mass each token has received from the rows the policy counts.
+      lengths: int32[B], prompt lengths. offset: int32[], where this chunk starts.
+    """
+
+    k: Encoded
+    v: Encoded | None
+    weights: jax.Array
+    lengths: jax.Array
+    offset: jax.Array
+
+
+def empty_scratch(layout: GroupLayout, lengths: jax.Array, tokens: int) -> Scratch:
+    """Scratch for prompts of up to `tokens` tokens."""
+    batch = lengths.shape[0]
+
+    def blank(width: int) -> Encoded:
+        shape = jax.ShapeDtypeStruct((batch, tokens, layout.spec.kv_heads, width), layout.dtype)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(layout.codec.encode, shape))
+
+    return Scratch(
+        k=blank(layout.spec.key_dim),
+        v=None if layout.spec.value_in_key else blank(layout.spec.value_dim),
+        weights=jnp.zeros((batch, layout.spec.kv_heads, tokens), jnp.float32),
+        lengths=lengths,
+        offset=jnp.zeros((), jnp.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScratchAttend:
+    """The `attend` of layer-by-layer prefill: full, exact attention of one chunk to the prompt up to it."""
+
+    layout: GroupLayout
+    backend: str | None = None
+
+    def begin(self, cache: Scratch, tokens: jax.Array, positions: jax.Array) -> Scratch:
+        """Nothing to prepare."""
+        return cache
+
+    def __call__(
+        self,
+        cache: Scratch,
+        layer: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        positions: jax.Array,
+        rotate: Rotate,
+    ) -> tuple[jax.Array, Scratch]:
+        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv] of the chunk, unrotated -> out [B,T,H,Dv], the scratch with it."""
+        codec, policy = self.layout.codec, self.layout.policy
+
+        def put(into: jax.Array, values: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(into, values.astype(into.dtype), cache.offset, axis=1)
+
+        key = jax.tree.map(put, cache.k, codec.encode(rotate(k, positions)))
+        value = None if cache.v is None else jax.tree.map(put, cache.v, codec.encode(v))
+        keys = codec.decode(key, q.dtype)
+        values = keys[..., : self.layout.spec.value_dim] if value is None else codec.decode(value, q.dtype)
+        order = jnp.arange(keys.shape[1])
+        held = jnp.where(order < cache.lengths[:, None], order, -1)
+        reads = policy.reads(self.layout.window)
+        out, lse = attend_among(q, keys, values, held, positions, reads, rotate, self.backend)
+        weights = cache.weights
+        if policy.observes:
+            weights = weights + attention_weights(
+                rotate(q, positions),
+                keys,
+                lse=lse,
+                row_weights=policy.prompt_rows(positions, cache.lengths),
+                window=self.layout.window,
+                positions=held,
+                q_positions=positions,
+                backend=self.backend,
+            )
+        return out, dataclasses.replace(cache, k=key, v=value, weights=weights)
+
+    def end(self, cache: Scratch) -> Scratch:
+        """Nothing to finish."""
+        return cache

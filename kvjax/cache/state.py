@@ -1,0 +1,138 @@
+"""The cache itself: an immutable pytree of pools, block tables and reference counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.codecs import Encoded
+from kvjax.cache.layout import GroupLayout
+from kvjax.cache.policies.protocol import EMPTY, RowState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The pages of one layer group.
+
+    Attributes:
+      layout: what is static.
+      k, v: pools, each leaf [P, layers_per_page, heads_per_page, page_size, ...]; v None: the value lies in the key.
+      table: int32[R, B, N], page numbers, -1 is no page.
+      length: int32[R, B], slots in use.
+      position: int32[R, B, S], the token position in each slot, -1 is empty.
+      victim: int32[R, B], the slot the next token overwrites, -1: append. It stays readable until then.
+      row_state: name -> [R, B, S, ...], what the policy remembers per slot.
+      free: int32[P], a stack of free page numbers, of which the first `top` int32[] count.
+      refs: int32[P], how many table entries hold each page.
+      peak, copied, shared: int32[], most pages ever in use, pages copied on write, most pages ever shared.
+    """
+
+    layout: GroupLayout = dataclasses.field(metadata={"static": True})
+    k: Encoded
+    v: Encoded | None
+    table: jax.Array
+    length: jax.Array
+    position: jax.Array
+    victim: jax.Array
+    row_state: RowState
+    free: jax.Array
+    top: jax.Array
+    refs: jax.Array
+    peak: jax.Array
+    copied: jax.Array
+    shared: jax.Array
+
+    @property
+    def num_pages(self) -> int:
+        """P."""
+        return self.refs.shape[0]
+
+    @property
+    def used(self) -> jax.Array:
+        """int32[]: pages in use."""
+        return self.num_pages - self.top
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the pools."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.k, self.v)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """All layer groups of a batch of sequences.
+
+    Attributes:
+      groups: one per set of layers with equal choices.
+      seen: int32[B], tokens each sequence has had, held or not: the next token's position.
+    """
+
+    groups: tuple[Group, ...]
+    seen: jax.Array
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.seen.shape[0]
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all pools."""
+        return sum(group.pool_bytes for group in self.groups)
+
+    def locate(self, layer: int | jax.Array) -> tuple[int, int | jax.Array]:
+        """A model layer's group and its index within. A traced layer needs one group (a scan over layers has one body)."""
+        if not isinstance(layer, int):
+            if len(self.groups) != 1:
+                raise ValueError("a scan over layers needs all layers in one cache group; unroll the layers instead")
+            return 0, layer
+        for number, group in enumerate(self.groups):
+            if layer in group.layout.layers:
+                return number, group.layout.layers.index(layer)
+        raise ValueError(f"layer {layer} belongs to no cache group")
+
+
+def empty_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded | None]:
+    """Zeroed key and value pools."""
+
+    def pool(width: int) -> Encoded:
+        lead = (num_pages, layout.layers_per_page, layout.heads_per_page, layout.page_size)
+        one = jax.eval_shape(layout.codec.encode, jax.ShapeDtypeStruct((1, width), layout.dtype))
+        return jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape[1:]), leaf.dtype), one)
+
+    value = None if layout.spec.value_in_key else pool(layout.spec.value_dim)
+    return pool(layout.spec.key_dim), value
+
+
+def empty_group(layout: GroupLayout, batch: int, pages_per_row: int, num_pages: int) -> Group:
+    """A group that holds nothing: B sequences, N pages per row, P pages."""
+    rows, slots = layout.rows, pages_per_row * layout.page_size
+    k, v = empty_pool(layout, num_pages)
+    nothing = jnp.full((rows, batch), EMPTY, jnp.int32)
+    return Group(
+        layout=layout,
+        k=k,
+        v=v,
+        table=jnp.full((rows, batch, pages_per_row), EMPTY, jnp.int32),
+        length=jnp.zeros((rows, batch), jnp.int32),
+        position=jnp.full((rows, batch, slots), EMPTY, jnp.int32),
+        victim=nothing,
+        row_state=layout.policy.row_state(rows, batch, slots),
+        free=jnp.arange(num_pages, dtype=jnp.int32)[::-1],
+        top=jnp.asarray(num_pages, jnp.int32),
+        refs=jnp.zeros(num_pages, jnp.int32),
+        peak=jnp.zeros((), jnp.int32),
+        copied=jnp.zeros((), jnp.int32),
+        shared=jnp.zeros((), jnp.int32),
+    )
+
+
+def empty_cache(layouts: Sequence[GroupLayout], batch: int, pages: Sequence[tuple[int, int]]) -> Cache:
+    """A cache that holds nothing. `pages`: (pages per row, pages in the pool) of each group."""
+    groups = tuple(empty_group(layout, batch, n, p) for layout, (n, p) in zip(layouts, pages, strict=True))
+    return Cache(groups, jnp.zeros(batch, jnp.int32))

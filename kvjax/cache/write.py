@@ -1,0 +1,78 @@
+"""Putting tokens into slots: the metadata of a whole step at once, keys and values layer by layer.
+
+Every index is a vector: a scalar-indexed update was seen to copy the pool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.codecs import Encoded
+from kvjax.cache.policies.protocol import EMPTY
+from kvjax.cache.state import Group
+
+
+def place(group: Group, slots: jax.Array, positions: jax.Array) -> Group:
+    """Marks slots int32[R, B, T] as holding the tokens at positions int32[B, T]; slot -1 is not stored.
+
+    What the policy remembered of an overwritten slot is forgotten.
+    """
+    rows, batch = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[None, :, None]
+    target = jnp.where(slots >= 0, slots, group.position.shape[2])
+    positions = jnp.broadcast_to(positions, slots.shape)
+    return dataclasses.replace(
+        group,
+        position=group.position.at[rows, batch, target].set(positions, mode="drop"),
+        row_state=jax.tree.map(lambda s: s.at[rows, batch, target].set(0, mode="drop"), group.row_state),
+        length=jnp.maximum(group.length, jnp.max(slots, axis=2) + 1),
+    )
+
+
+def layer_rows(group: Group, array: jax.Array, index: int | jax.Array) -> jax.Array:
+    """The rows [r, ...] of an array [R, ...] that hold the layer at `index`: 1, or one per KV head."""
+    count = group.layout.rows_per_layer
+    if group.layout.policy.rows == "shared":
+        return array
+    return jax.lax.dynamic_slice_in_dim(array, index * count, count, axis=0)
+
+
+def update_layer_rows(group: Group, array: jax.Array, rows: jax.Array, index: int | jax.Array) -> jax.Array:
+    """`array` with the rows of the layer at `index` replaced."""
+    if group.layout.policy.rows == "shared":
+        return rows
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, index * group.layout.rows_per_layer, axis=0)
+
+
+def place_in_page(group: Group, index: int | jax.Array) -> jax.Array:
+    """int32[1]: the layer's place within a page."""
+    inside = index if group.layout.policy.rows == "shared" else 0
+    return jnp.asarray(inside, jnp.int32).reshape(1)
+
+
+def write(group: Group, index: int | jax.Array, slots: jax.Array, k: Encoded, v: Encoded | None) -> Group:
+    """Stores encoded keys and values of the layer at `index`, leaves [B, T, K, ...], in slots int32[r, B, T] of its rows.
+
+    Tokens with slot -1, or whose page was never reserved, are dropped.
+    """
+    size = group.layout.page_size
+    table = layer_rows(group, group.table, index)
+    batch = jnp.arange(slots.shape[1])[None, :, None]
+    row = jnp.arange(slots.shape[0])[:, None, None]
+    page = table.at[row, batch, slots // size].get(mode="fill", fill_value=EMPTY)
+    page = jnp.where((slots >= 0) & (page >= 0), page, group.num_pages)  # out of range: dropped
+    offset = jnp.where(slots >= 0, slots % size, 0)
+    layer = jnp.broadcast_to(place_in_page(group, index), page.shape)
+
+    def scatter(pool: jax.Array, values: jax.Array) -> jax.Array:
+        values = values.astype(pool.dtype)
+        if group.layout.heads_per_page == 1:
+            heads_first = jnp.moveaxis(values, 2, 0)  # a row for each head
+            return pool.at[page, layer, jnp.zeros_like(page), offset].set(heads_first, mode="drop")
+        return pool.at[page[0], layer[0], :, offset[0]].set(values, mode="drop")
+
+    return dataclasses.replace(
+        group, k=jax.tree.map(scatter, group.k, k), v=None if v is None else jax.tree.map(scatter, group.v, v)
+    )

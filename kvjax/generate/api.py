@@ -1,0 +1,258 @@
+"""The public calls: generate, stream, prefill, extend, fork, score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kvjax.cache.config import CacheConfig
+from kvjax.config import Sampling
+from kvjax.errors import RequestError
+from kvjax.generate import run as running
+from kvjax.generate.compiles import compiled_programs
+from kvjax.generate.output import GenerateOutput
+from kvjax.generate.requests import Prompts, check_new_tokens, encode_prompt, encode_prompts, seeds_of
+from kvjax.generate.sampling import LogitsProcessor
+from kvjax.generate.state import State, append, multiply, start
+from kvjax.model import Model
+
+
+def generate(
+    model: Model,
+    prompts: Prompts,
+    max_new_tokens: int = 64,
+    cache: CacheConfig = CacheConfig(),
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    logit_processors: Sequence[LogitsProcessor] = (),
+    *,
+    prefill_chunk: int | None = None,
+    backend: str | None = None,
+    context: int | None = None,
+) -> GenerateOutput:
+    """Continues prompts.
+
+    Args:
+      prompts: list of texts or of token-id lists, of any lengths.
+      max_new_tokens: tokens to generate at most, per sequence.
+      cache: how keys and values are kept.
+      sampling: how tokens are drawn; sampling.n continuations of each prompt share its pages, sampling.beams searches.
+      seed: with the prompt's place it seeds each prompt, unless sampling.seeds does.
+      logit_processors: pure functions (logits float32[B, V], ProcessorContext) -> float32[B, V], run after the
+        repetition penalty and before the temperature; hashable, since they are compiled in.
+      prefill_chunk: tokens per prefill chunk; None: 64 on CPU, 256 on accelerators.
+      backend: attention kernel; None: the best that can serve.
+      context: size tables and pools for sequences of this many tokens instead of what the call needs.
+
+    Returns:
+      Tokens, text, log-probabilities and statistics, prompt-major where sampling.n > 1.
+
+    Raises:
+      RequestError: an empty prompt, ids outside the vocabulary, max_new_tokens < 1.
+      OutOfPages: the pool is too small; `partial` holds what was generated for every request.
+    """
+    begun, compiles = time.perf_counter(), compiled_programs()
+    requests = encode_prompts(model, prompts)
+    max_new_tokens = check_new_tokens(max_new_tokens)
+    seeds = seeds_of(sampling, seed, len(requests))
+    _check_stop(model, sampling)
+    if sampling.beams > 1:
+        from kvjax.generate.beam import beam_search
+
+        return beam_search(
+            model,
+            requests,
+            max_new_tokens,
+            cache,
+            sampling,
+            logit_processors,
+            chunk=prefill_chunk,
+            backend=backend,
+            context=context,
+        )
+    state = start(
+        model,
+        requests,
+        cache,
+        copies=sampling.n,
+        room=max_new_tokens,
+        context=context,
+        chunk=prefill_chunk,
+        backend=backend,
+    )
+    state = multiply(state, sampling.n)
+    state.last.block_until_ready()
+    run = running.begin(
+        model,
+        state,
+        max_new_tokens,
+        sampling,
+        prefill_seconds=time.perf_counter() - begun,
+        compiles_before=compiles,
+    )
+    for run in running.blocks(run, max_new_tokens, sampling, seeds, requests, logit_processors, backend=backend):
+        pass
+    return run.output()
+
+
+def stream(
+    model: Model,
+    prompt: str | Sequence[int],
+    max_new_tokens: int = 64,
+    cache: CacheConfig = CacheConfig(),
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    logit_processors: Sequence[LogitsProcessor] = (),
+    *,
+    block_steps: int = 4,
+    prefill_chunk: int | None = None,
+    backend: str | None = None,
+) -> Stream:
+    """Continues one prompt, giving text as it comes (token ids for a model without tokenizer).
+
+    Args:
+      block_steps: tokens generated between two looks of the host; fewer give smoother text, more give speed.
+
+    The other arguments and errors are those of `generate`; sampling.n and sampling.beams must be 1. Requests are checked
+    at once, generation begins with the first `next`.
+    """
+    if sampling.n > 1 or sampling.beams > 1:
+        raise RequestError(f"stream gives one text; set n=1 and beams=1, got n={sampling.n}, beams={sampling.beams}")
+    request = encode_prompt(model, prompt)
+    max_new_tokens = check_new_tokens(max_new_tokens)
+    seeds = seeds_of(sampling, seed, 1)
+    _check_stop(model, sampling)
+
+    def runs() -> Iterator[running.Run]:
+        begun, compiles = time.perf_counter(), compiled_programs()
+        state = start(model, [request], cache, room=max_new_tokens, chunk=prefill_chunk, backend=backend)
+        state.last.block_until_ready()
+        run = running.begin(
+            model,
+            state,
+            max_new_tokens,
+            sampling,
+            prefill_seconds=time.perf_counter() - begun,
+            compiles_before=compiles,
+        )
+        yield from running.blocks(
+            run,
+            max_new_tokens,
+            sampling,
+            seeds,
+            [request],
+            logit_processors,
+            steps=block_steps,
+            backend=backend,
+        )
+
+    return Stream(runs(), text=model.tokenizer is not None)
+
+
+class Stream:
+    """An iterator over pieces of text, or over token ids. After the last, `output` holds the whole, with statistics."""
+
+    def __init__(self, runs: Iterator[running.Run], text: bool):
+        self.output: GenerateOutput | None = None
+        self._pieces = self._iterate(runs, text)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._pieces)
+
+    def _iterate(self, runs: Iterator[running.Run], text: bool) -> Iterator[Any]:
+        given = 0
+        for run in runs:
+            transcript = run.transcripts[0]
+            if transcript.reason is not None:
+                self.output = run.output()
+            if text:
+                if piece := transcript.take_text():
+                    yield piece
+            else:
+                yield from transcript.tokens[given:]
+                given = len(transcript.tokens)
+
+
+def prefill(
+    model: Model,
+    prompts: Prompts,
+    cache: CacheConfig = CacheConfig(),
+    *,
+    room: int = 0,
+    prefill_chunk: int | None = None,
+    backend: str | None = None,
+) -> State:
+    """Puts prompts into a fresh cache and stops there.
+
+    Args:
+      room: tokens per sequence to make room for beyond the prompts. A cache whose size is not fixed grows when it must,
+        at the price of one copy and one compilation.
+
+    Returns:
+      A `State` for `extend` and `fork`.
+    """
+    return start(model, encode_prompts(model, prompts), cache, room=room, chunk=prefill_chunk, backend=backend)
+
+
+def extend(
+    model: Model,
+    state: State,
+    prompts: Prompts | None = None,
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    logit_processors: Sequence[LogitsProcessor] = (),
+    *,
+    prefill_chunk: int | None = None,
+    backend: str | None = None,
+) -> tuple[GenerateOutput, State]:
+    """Another turn over a live cache: adds a prompt to every sequence, if given, and continues.
+
+    The state given is consumed; go on with the one returned, or on `OutOfPages` with the exception's `state`.
+    sampling.n must be 1 (`fork` the state instead), and so must sampling.beams.
+    """
+    begun, compiles = time.perf_counter(), compiled_programs()
+    if sampling.n > 1 or sampling.beams > 1:
+        raise RequestError(
+            f"extend continues each sequence once; kvjax.fork the state for more, got n={sampling.n}, "
+            f"beams={sampling.beams}"
+        )
+    max_new_tokens = check_new_tokens(max_new_tokens)
+    # A turn draws other noise than the turn before it.
+    seeds = [(s + sum(map(len, state.tokens))) % 2**32 for s in seeds_of(sampling, seed, state.batch)]
+    _check_stop(model, sampling)
+    if prompts is not None:
+        requests = encode_prompts(model, prompts)
+        state = append(model, state, requests, room=max_new_tokens, chunk=prefill_chunk, backend=backend)
+    history = state.tokens
+    run = running.begin(
+        model,
+        state,
+        max_new_tokens,
+        sampling,
+        prefill_seconds=time.perf_counter() - begun,
+        compiles_before=compiles,
+    )
+    # A stop string ends a text in the middle of a block: one step at a time leaves nothing behind it in the cache.
+    steps = 1 if sampling.stop else running.BLOCK_STEPS
+    for run in running.blocks(
+        run, max_new_tokens, sampling, seeds, history, logit_processors, steps=steps, backend=backend
+    ):
+        pass
+    return run.output(), run.state
+
+
+def fork(state: State, n: int) -> State:
+    """Every sequence n times, side by side, their pages shared until one of them writes. Consumes the state."""
+    if n < 1:
+        raise RequestError(f"fork needs n of at least 1, got {n}")
+    return multiply(state, n)
+
+
+def _check_stop(model: Model, sampling: Sampling) -> None:
+    if sampling.stop and model.tokenizer is None:
+        raise RequestError("Sampling.stop needs a tokenizer; use stop_tokens with a model that has none")

@@ -1,0 +1,218 @@
+"""Prompts into the cache, in chunks of one fixed size, so that no prompt length compiles anything new.
+
+Chunk-major: all layers for one chunk, then the next; for policies that append or slide. Layer-major: the whole prompt
+through one layer, then the next; for policies that select from the prompt by its attention. Its peak memory is one layer's
+keys and values, never the whole cache's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.attention.paged import PagedAttend
+from kvjax.attention.scratch import ScratchAttend, empty_scratch
+from kvjax.cache.pages import Shortage, reserve
+from kvjax.cache.prompt import keep_prompt
+from kvjax.cache.state import Cache
+from kvjax.config import ModelConfig
+from kvjax.generate.forward import forward_token
+from kvjax.model import Model
+from kvjax.models import Decoder, Layer
+from kvjax.typing import Params
+
+CPU_CHUNK, ACCELERATOR_CHUNK = 64, 256
+
+
+def default_chunk() -> int:
+    """Tokens per prefill chunk: on an accelerator enough to be bound by arithmetic, on CPU few, for short prompts."""
+    return CPU_CHUNK if jax.default_backend() == "cpu" else ACCELERATOR_CHUNK
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def reserve_pages(cache: Cache, n: jax.Array) -> tuple[Cache, Shortage]:
+    """`reserve`, compiled; consumes the cache."""
+    return reserve(cache, n)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "attend"), donate_argnames=("cache", "last"))
+def prefill_chunk(
+    params: Params,
+    cache: Cache,
+    last: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+    *,
+    config: ModelConfig,
+    attend: PagedAttend,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """One chunk tokens int32[B, C] through all layers; of row b the first count[b] int32 are real.
+
+    Returns the cache, the hidden state of each sequence's last token so far [B, hidden], and all of the chunk's.
+    """
+    order = jnp.arange(tokens.shape[1])
+    positions = jnp.where(order < count[:, None], cache.seen[:, None] + order, -1)
+    hidden, cache = Decoder(config, attend).apply({"params": params}, tokens, positions, cache)
+    return cache, _last_of(hidden, count, last), hidden
+
+
+@functools.partial(jax.jit, static_argnames=("config", "attend"), donate_argnames=("cache", "last"))
+def feed_tokens(
+    params: Params,
+    cache: Cache,
+    last: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+    *,
+    config: ModelConfig,
+    attend: PagedAttend,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """The same as `prefill_chunk`, one token at a time: for policies that score each token as it comes."""
+
+    def step(cache: Cache, inputs: tuple[jax.Array, jax.Array]) -> tuple[Cache, jax.Array]:
+        token, order = inputs
+        hidden, cache = forward_token(params, cache, token, order < count, config=config, attend=attend)
+        return cache, hidden
+
+    cache, hidden = jax.lax.scan(step, cache, (tokens.T, jnp.arange(tokens.shape[1])))
+    hidden = jnp.swapaxes(hidden, 0, 1)
+    return cache, _last_of(hidden, count, last), hidden
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def embed(params: Params, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """int32[B, T] -> [B, T, hidden]."""
+    return Decoder(config, None).apply({"params": params}, tokens, method="embed_tokens")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "group", "chunk", "backend"), donate_argnames=("cache", "hidden"))
+def prefill_layer(
+    params: Params,
+    cache: Cache,
+    hidden: jax.Array,
+    lengths: jax.Array,
+    index: jax.Array,
+    *,
+    config: ModelConfig,
+    group: int,
+    chunk: int,
+    backend: str | None,
+) -> tuple[Cache, jax.Array]:
+    """A whole prompt hidden [B, T, hidden] through one layer, and of its keys and values what the policy keeps.
+
+    `params` is the layer's own subtree; `index` int32[], its place in cache group `group`, is traced, so that all layers
+    of a group share one compilation. T is a multiple of `chunk`.
+    """
+    held = cache.groups[group]
+    module = Layer(config, ScratchAttend(held.layout, backend))
+
+    def body(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        hidden, scratch = carry
+        start = i * chunk
+        order = start + jnp.arange(chunk)
+        positions = jnp.where(order < lengths[:, None], order, -1)
+        x = jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=1)
+        scratch = dataclasses.replace(scratch, offset=start)
+        (y, scratch), _ = module.apply({"params": params}, (x, scratch), 0, positions)
+        return jax.lax.dynamic_update_slice_in_dim(hidden, y, start, axis=1), scratch
+
+    scratch = empty_scratch(held.layout, lengths, hidden.shape[1])
+    chunks = (jnp.max(lengths) + chunk - 1) // chunk
+    hidden, scratch = jax.lax.fori_loop(0, chunks, body, (hidden, scratch))
+    held = keep_prompt(held, index, lengths, scratch.weights, scratch.k, scratch.v)
+    groups = (*cache.groups[:group], held, *cache.groups[group + 1 :])
+    return dataclasses.replace(cache, groups=groups), hidden
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames=("cache", "hidden"))
+def finish_prompt(
+    params: Params, cache: Cache, hidden: jax.Array, lengths: jax.Array, *, config: ModelConfig
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """After the last layer: what was seen, the last hidden states [B, hidden], and all of them."""
+    groups = tuple(
+        dataclasses.replace(g, victim=g.layout.policy.victims(g.row_state, g.position, g.length)) for g in cache.groups
+    )
+    hidden = Decoder(config, None).apply({"params": params}, hidden, method="finish")
+    last = hidden[jnp.arange(hidden.shape[0]), jnp.maximum(lengths - 1, 0)]
+    return Cache(groups, cache.seen + lengths), last, hidden
+
+
+def by_layer(cache: Cache) -> bool:
+    """Whether a fresh prompt must go through layer by layer."""
+    return any(group.layout.policy.observes for group in cache.groups)
+
+
+def run_prompts(
+    model: Model,
+    cache: Cache,
+    prompts: list[list[int]],
+    *,
+    context: int,
+    fresh: bool,
+    chunk: int | None = None,
+    backend: str | None = None,
+    keep_hidden: bool = False,
+) -> tuple[Cache, jax.Array, list[jax.Array]]:
+    """Puts prompts, one per sequence (an empty one adds nothing), into a cache whose pages are reserved.
+
+    Args:
+      context: the bucketed context of the cache's tables: the size of layer-major buffers.
+      fresh: the cache holds nothing yet.
+      keep_hidden: also return hidden states, a list of [B, chunk, hidden].
+
+    Returns:
+      The cache, the last hidden states [B, hidden], the list.
+    """
+    chunk = chunk or default_chunk()
+    lengths = np.zeros(cache.batch, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    if fresh and by_layer(cache):
+        width = -(-max(context, int(lengths.max())) // chunk) * chunk
+        tokens = _padded(prompts, cache.batch, 0, width)
+        hidden = embed(model.params, tokens, config=model.config)
+        for layer in range(model.config.num_layers):
+            group, index = cache.locate(layer)
+            cache, hidden = prefill_layer(
+                model.params[f"layers_{layer}"],
+                cache,
+                hidden,
+                lengths,
+                np.int32(index),
+                config=model.config,
+                group=group,
+                chunk=chunk,
+                backend=backend,
+            )
+        cache, last, hidden = finish_prompt(model.params, cache, hidden, lengths, config=model.config)
+        return cache, last, [hidden] if keep_hidden else []
+    run = feed_tokens if by_layer(cache) else prefill_chunk
+    last = jnp.asarray(np.zeros((cache.batch, model.config.hidden_size), model.dtype))
+    kept = []
+    for start in range(0, int(lengths.max()), chunk):
+        count = np.clip(lengths - start, 0, chunk).astype(np.int32)
+        tokens = _padded(prompts, cache.batch, start, chunk)
+        cache, last, hidden = run(
+            model.params, cache, last, tokens, count, config=model.config, attend=PagedAttend(backend)
+        )
+        if keep_hidden:
+            kept.append(hidden)
+    return cache, last, kept
+
+
+def _padded(prompts: list[list[int]], batch: int, start: int, width: int) -> np.ndarray:
+    """int32[B, width]: tokens start .. start + width of each prompt, 0 beyond its end."""
+    tokens = np.zeros((batch, width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=False):
+        piece = prompt[start : start + width]
+        row[: len(piece)] = piece
+    return tokens
+
+
+def _last_of(hidden: jax.Array, count: jax.Array, last: jax.Array) -> jax.Array:
+    chosen = hidden[jnp.arange(hidden.shape[0]), jnp.maximum(count - 1, 0)]
+    return jnp.where((count > 0)[:, None], chosen, last)

@@ -1,0 +1,115 @@
+"""Teacher-forced logits along each of the three paths a token can take through a model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.attention.dense import DenseAttend
+from kvjax.attention.paged import PagedAttend
+from kvjax.cache.config import CacheConfig
+from kvjax.cache.size import context_bucket, power_of_two, size_groups
+from kvjax.config import ModelConfig
+from kvjax.errors import RequestError
+from kvjax.generate.decode import forced_block
+from kvjax.generate.forward import head, logits_of
+from kvjax.generate.prefill import reserve_pages, run_prompts
+from kvjax.generate.run import BLOCK_STEPS
+from kvjax.generate.state import make_cache, layouts_of, out_of_pages
+from kvjax.model import Model
+from kvjax.models import Decoder
+from kvjax.typing import Params
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend"))
+def forward(params: Params, tokens: jax.Array, *, config: ModelConfig, backend: str | None = None) -> jax.Array:
+    """The training path, without a cache: int32[B, T] -> logits float32[B, T, V]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    module = Decoder(config, DenseAttend(config.windows, backend))
+    hidden, _ = module.apply({"params": params}, tokens, positions, None)
+    return logits_of(params, hidden, config)
+
+
+def score(
+    model: Model,
+    tokens: Any,
+    cache: CacheConfig = CacheConfig(),
+    path: Literal["forward", "prefill", "decode"] = "forward",
+    prompt_length: int = 1,
+    *,
+    prefill_chunk: int | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """Logits after every token of given sequences.
+
+    Args:
+      tokens: int32[B, T].
+      cache: how keys and values are kept on the paths that have a cache.
+      path: "forward": the training path, without a cache. "prefill": all of it through chunked prefill. "decode": the
+        first prompt_length tokens through prefill, then one token a step through the same code as `generate`.
+
+    Returns:
+      float32[B, T, V]; entry t is what the model says follows token t.
+
+    Raises:
+      RequestError: tokens of another shape or outside the vocabulary, an unknown path, prompt_length not in 1 .. T.
+      OutOfPages: the pool is too small.
+    """
+    tokens = _checked(model, tokens)
+    batch, length = tokens.shape
+    if path == "forward":
+        return forward(model.params, tokens, config=model.config, backend=backend)
+    if path not in ("prefill", "decode"):
+        raise RequestError(f'path must be "forward", "prefill" or "decode", got {path!r}')
+    if path == "prefill":
+        prompt_length = length
+    if not 1 <= prompt_length <= length:
+        raise RequestError(f"prompt_length must be between 1 and the {length} tokens given, got {prompt_length}")
+    layouts = layouts_of(model, cache)
+    pages = size_groups(layouts, power_of_two(batch), length, cache.memory_bytes)
+    held = make_cache(layouts, power_of_two(batch), pages)
+    prompts = [row[:prompt_length].tolist() for row in tokens]
+    lengths = np.zeros(held.batch, np.int32)
+    lengths[:batch] = prompt_length
+    held, shortage = reserve_pages(held, lengths)
+    if raised := out_of_pages(shortage, held, "the sequences"):
+        raise raised
+    held, _, hidden = run_prompts(
+        model,
+        held,
+        prompts,
+        context=context_bucket(length),
+        fresh=True,
+        chunk=prefill_chunk,
+        backend=backend,
+        keep_hidden=True,
+    )
+    parts = [head(model.params, piece, config=model.config) for piece in hidden]
+    logits = [jnp.concatenate(parts, axis=1)[:batch, :prompt_length]]
+    for start in range(prompt_length, length, BLOCK_STEPS):
+        piece = np.zeros((held.batch, BLOCK_STEPS), np.int32)
+        some = tokens[:, start : start + BLOCK_STEPS]
+        piece[:batch, : some.shape[1]] = some
+        count = np.where(np.arange(held.batch) < batch, some.shape[1], 0).astype(np.int32)
+        held, block, shortage = forced_block(
+            model.params, held, piece, count, config=model.config, attend=PagedAttend(backend)
+        )
+        if raised := out_of_pages(shortage, held, "the sequences"):
+            raise raised
+        logits.append(block[:batch, : some.shape[1]])
+    return jnp.concatenate(logits, axis=1)
+
+
+def _checked(model: Model, tokens: Any) -> np.ndarray:
+    array = np.asarray(tokens)
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
+        raise RequestError(f"score takes integer tokens[B, T], not empty; got {array.dtype} {array.shape}")
+    if array.min() < 0 or array.max() >= model.config.vocab_size:
+        raise RequestError(
+            f"token ids must be 0 to {model.config.vocab_size - 1}, got {int(array.min())} to {int(array.max())}"
+        )
+    return array.astype(np.int32)

@@ -1,0 +1,163 @@
+"""`State`: sequences with their live cache, between calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from kvjax.cache.config import CacheConfig
+from kvjax.cache.layout import GroupLayout, group_layers
+from kvjax.cache.pages import Shortage, resize
+from kvjax.cache.size import context_bucket, power_of_two, size_groups
+from kvjax.cache.state import Cache, empty_cache
+from kvjax.errors import OutOfPages, RequestError
+from kvjax.generate.decode import take_sequences
+from kvjax.generate.prefill import reserve_pages, run_prompts
+from kvjax.model import Model
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class State:
+    """Sequences and the cache that holds them. Calls that take one consume it: use the state they return.
+
+    Attributes:
+      cache: of at least len(tokens) sequences; those beyond are padding.
+      config: the choices it was made with.
+      tokens: every token of each sequence so far, prompts and generated ones.
+      last: the hidden state of each sequence's last token [B, hidden], right after a prompt; else None.
+      pending: how many of the last tokens of each sequence are not in the cache yet: 0 after a prompt, else 1.
+    """
+
+    cache: Cache
+    config: CacheConfig
+    tokens: tuple[tuple[int, ...], ...]
+    last: jax.Array | None
+    pending: int
+
+    @property
+    def batch(self) -> int:
+        """Sequences that are real."""
+        return len(self.tokens)
+
+
+make_cache = functools.partial(jax.jit, static_argnames=("layouts", "batch", "pages"))(empty_cache)
+resize_cache = functools.partial(jax.jit, static_argnames="pages")(resize)
+
+
+def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
+    """The cache groups of a model under a config."""
+    return group_layers(model.config.kv_spec, model.config.windows, config, model.dtype.name)
+
+
+def start(
+    model: Model,
+    prompts: list[list[int]],
+    config: CacheConfig,
+    *,
+    copies: int = 1,
+    room: int = 0,
+    context: int | None = None,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> State:
+    """A state that holds the prompts, its pools sized for `copies` of each and `room` tokens more.
+
+    Raises:
+      OutOfPages: the prompts do not fit in the pool.
+    """
+    layouts = layouts_of(model, config)
+    tokens = context or max(map(len, prompts)) + room
+    pages = size_groups(layouts, power_of_two(len(prompts) * copies), tokens, config.memory_bytes)
+    cache = make_cache(layouts, power_of_two(len(prompts)), pages)
+    lengths = np.zeros(cache.batch, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    cache, shortage = reserve_pages(cache, lengths)
+    if raised := out_of_pages(shortage, cache, "the prompts"):
+        raise raised
+    cache, last, _ = run_prompts(
+        model, cache, prompts, context=context_bucket(tokens), fresh=True, chunk=chunk, backend=backend
+    )
+    return State(cache, config, tuple(map(tuple, prompts)), last, 0)
+
+
+def append(
+    model: Model,
+    state: State,
+    prompts: list[list[int]],
+    *,
+    room: int,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> State:
+    """Adds a further prompt to every sequence, behind whatever is pending.
+
+    Raises:
+      OutOfPages: they do not fit; its `state` is the one given, unharmed.
+    """
+    if len(prompts) != state.batch:
+        raise RequestError(f"the state has {state.batch} sequences, got {len(prompts)} prompts; give one for each")
+    pieces = [[*held[len(held) - state.pending :], *prompt] for held, prompt in zip(state.tokens, prompts, strict=True)]
+    state = make_room(state, max(map(len, pieces)) + room)
+    lengths = np.zeros(state.cache.batch, np.int32)
+    lengths[: len(pieces)] = [len(piece) for piece in pieces]
+    cache, shortage = reserve_pages(state.cache, lengths)
+    if raised := out_of_pages(shortage, cache, "the prompts"):
+        raised.state = dataclasses.replace(state, cache=cache)
+        raise raised
+    cache, last, _ = run_prompts(model, cache, pieces, context=0, fresh=False, chunk=chunk, backend=backend)
+    tokens = tuple((*held, *prompt) for held, prompt in zip(state.tokens, prompts, strict=True))
+    return State(cache, state.config, tokens, last, 0)
+
+
+def make_room(state: State, more: int) -> State:
+    """Widens the tables, and pools whose size nobody fixed, so that every sequence can grow by `more` tokens."""
+    longest = max(map(len, state.tokens)) + more
+    groups = state.cache.groups
+    layouts = tuple(group.layout for group in groups)
+    wanted = size_groups(layouts, state.cache.batch, longest, None)
+    pages = []
+    for group, (per_row, pool) in zip(groups, wanted, strict=True):
+        fixed = group.layout.num_pages is not None or state.config.memory_bytes is not None
+        pages.append((max(per_row, group.table.shape[2]), group.num_pages if fixed else max(pool, group.num_pages)))
+    if all((group.table.shape[2], group.num_pages) == p for group, p in zip(groups, pages, strict=True)):
+        return state
+    return dataclasses.replace(state, cache=resize_cache(state.cache, tuple(pages)))
+
+
+def multiply(state: State, n: int) -> State:
+    """Every sequence n times, copies side by side, their pages shared."""
+    if n == 1:
+        return state
+    sources = [index for index in range(state.batch) for _ in range(n)]
+    parents = np.full(power_of_two(len(sources)), -1, np.int32)
+    parents[: len(sources)] = sources
+    cache = take_sequences(state.cache, parents)
+    last = None if state.last is None else _rows(state.last, np.maximum(parents, 0))
+    return State(cache, state.config, tuple(state.tokens[i] for i in sources), last, state.pending)
+
+
+_rows = jax.jit(lambda array, index: array[index])
+
+
+def out_of_pages(shortage: Shortage, cache: Cache, what: str) -> OutOfPages | None:
+    """The exception a shortage calls for, or None; waits for the device."""
+    needed, available = np.asarray(shortage.needed), np.asarray(shortage.available)
+    short = np.flatnonzero(needed > available)
+    if not short.size:
+        return None
+    group = cache.groups[short[0]]
+    return OutOfPages(
+        f"{what} need {needed[short[0]]} more pages of {group.layout.page_size} slots, but {available[short[0]]} of "
+        f"{group.num_pages} are free ({group.layout.policy!r}, layers {_span(group.layout.layers)}); "
+        "raise CacheConfig.num_pages or memory_bytes, shorten or split the batch, or choose a smaller policy",
+        needed=int(needed[short[0]]),
+        available=int(available[short[0]]),
+    )
+
+
+def _span(layers: Sequence[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"

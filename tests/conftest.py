@@ -1,0 +1,45 @@
+"""What every test shares: light XLA settings, a compilation cache, and who may run where.
+
+The environment is set before jax is imported, which is why it happens at the top of this file and not in a fixture.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# An empty JAX_PLATFORMS (`make test-all`) lets jax choose; unset means the CPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Several test processes share few cores: one thread each beats many that wait for one another.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_multi_thread_eigen=false",
+        "intra_op_parallelism_threads=1",
+    )
+).strip()
+
+import jax
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Random examples come from a fixed seed, so that a red run is red again; the first call of an example may compile.
+settings.register_profile("kvjax", deadline=None, derandomize=True)
+settings.load_profile("kvjax")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests/kernels, and skips what asks for a GPU where there is none."""
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU, and jax sees none")
+    gpu = any(device.platform == "gpu" for device in jax.devices())
+    for item in items:
+        if "kernels" in item.path.relative_to(ROOT / "tests").parts[:-1]:
+            item.add_marker(pytest.mark.kernels)
+        if not gpu and item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
