@@ -205,6 +205,11 @@ class Sampling:
         for name, ok, allowed in rules:
             if not ok:
                 raise ConfigError(f"Sampling.{name} must be {allowed}, got {getattr(self, name)!r}")
+        if self.beams > 1 and self.stop:
+            raise ConfigError(
+                f"beam search ends texts at tokens, not at strings: with beams={self.beams} use stop_tokens instead of "
+                f"stop={self.stop!r}"
+            )
         if self.beams > 1 and (self.temperature > 0 or self.n > self.beams):
             raise ConfigError(
                 f"beam search is deterministic and returns at most `beams` texts a prompt: with beams={self.beams} "

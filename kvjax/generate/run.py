@@ -93,21 +93,37 @@ class Run:
 
     def output(self) -> GenerateOutput:
         """What has been generated up to now."""
-        total = sum(len(transcript.tokens) for transcript in self.transcripts)
-        stats = dataclasses.replace(
-            cache_stats(self.state.cache),
-            prefill_seconds=self.prefill_seconds,
-            decode_seconds=self.decode_seconds,
-            tokens_per_second=total / self.decode_seconds if self.decode_seconds else 0.0,
-            compiles=compiled_programs() - self.compiles_before,
+        return output_of(
+            self.state.cache,
+            [transcript.tokens for transcript in self.transcripts],
+            None if self.model.tokenizer is None else ["".join(t.pieces) for t in self.transcripts],
+            [transcript.logprobs for transcript in self.transcripts],
+            [transcript.reason or "length" for transcript in self.transcripts],
+            self.prefill_seconds,
+            self.decode_seconds,
+            self.compiles_before,
         )
-        return GenerateOutput(
-            tokens=[transcript.tokens for transcript in self.transcripts],
-            text=None if self.model.tokenizer is None else ["".join(t.pieces) for t in self.transcripts],
-            logprobs=[transcript.logprobs for transcript in self.transcripts],
-            finish_reason=[transcript.reason or "length" for transcript in self.transcripts],
-            stats=stats,
-        )
+
+
+def output_of(
+    cache: Cache,
+    tokens: list[list[int]],
+    text: list[str] | None,
+    logprobs: list[list[float]],
+    reasons: list[str],
+    prefill_seconds: float,
+    decode_seconds: float,
+    compiles_before: int,
+) -> GenerateOutput:
+    """The output of a call, with what its cache knows of costs."""
+    stats = dataclasses.replace(
+        cache_stats(cache),
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+        tokens_per_second=sum(map(len, tokens)) / decode_seconds if decode_seconds else 0.0,
+        compiles=compiled_programs() - compiles_before,
+    )
+    return GenerateOutput(tokens, text, logprobs, reasons, stats)
 
 
 def cache_stats(cache: Cache) -> Stats:

@@ -135,9 +135,14 @@ def multiply(state: State, n: int) -> State:
     sources = [index for index in range(state.batch) for _ in range(n)]
     parents = np.full(power_of_two(len(sources)), -1, np.int32)
     parents[: len(sources)] = sources
-    cache = take_sequences(state.cache, parents)
-    last = None if state.last is None else _rows(state.last, np.maximum(parents, 0))
+    cache, last = repeat(state, parents)
     return State(cache, state.config, tuple(state.tokens[i] for i in sources), last, state.pending)
+
+
+def repeat(state: State, parents: np.ndarray) -> tuple[Cache, jax.Array | None]:
+    """The cache and last hidden states of the sequences named by parents int32[B'], -1 for none."""
+    cache = take_sequences(state.cache, parents.astype(np.int32))
+    return cache, None if state.last is None else _rows(state.last, np.maximum(parents, 0))
 
 
 _rows = jax.jit(lambda array, index: array[index])

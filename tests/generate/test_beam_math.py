@@ -55,14 +55,18 @@ def plain_beam_search(model, prompt, beams, limit, stops, penalty) -> list[tuple
     return finished
 
 
-def search(models, prompts, beams, limit, stops, penalty, buffer_length=None, trace=None) -> BeamState:
+def padded(stops, size: int = 2) -> np.ndarray:
+    """One shape for all stop tokens, so that little is compiled."""
+    return np.asarray([*stops, *[-1] * (size - len(stops))], np.int32)
+
+
+def search(models, prompts, beams, limit, stops, penalty, buffer_length=8, trace=None) -> BeamState:
     """Runs `advance` with the table models as the forward pass, following parents and tokens on the host."""
-    state = beam_math.init(len(prompts), beams, buffer_length or limit)
+    state = beam_math.init(len(prompts), beams, buffer_length)
     held = [[list(prompt)] * beams for prompt in prompts]
-    stop_tokens = np.asarray(sorted(stops) or [-1], np.int32)
     for _ in range(limit):
         logprobs = np.asarray([[m.next(beam) for beam in row] for m, row in zip(models, held, strict=True)], np.float32)
-        parents, tokens, state = jit_advance(state, logprobs, stop_tokens, penalty, limit)
+        parents, tokens, state = jit_advance(state, logprobs, padded(stops), float(penalty), limit)
         held = [
             [[*row[parent], int(token)] for parent, token in zip(row_parents, row_tokens, strict=True)]
             for row, row_parents, row_tokens in zip(held, np.asarray(parents), np.asarray(tokens), strict=True)
@@ -87,7 +91,7 @@ def assert_equal_hypotheses(ours, expected) -> None:
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
     seed=st.integers(0, 10**6),
-    beams=st.sampled_from([1, 3, 4]),
+    beams=st.sampled_from([1, 3]),
     limit=st.sampled_from([1, 2, 7]),
     stops=st.sampled_from([(), (0,), (1, 4)]),
     penalty=st.sampled_from([0.0, 1.0, 2.0, -0.5]),
@@ -128,7 +132,7 @@ def test_buffers_follow_the_parents_and_a_done_prompt_stays_as_it_is():
     peaked.logprobs[..., 0] = -1e-3  # token 0 ends a text and is nearly certain everywhere
     flat.logprobs[..., 0] = -30.0
     trace: list[tuple[list, BeamState]] = []
-    search([peaked, flat], [[1, 2], [1, 2]], 3, 8, (0,), 1.0, buffer_length=16, trace=trace)
+    search([peaked, flat], [[1, 2], [1, 2]], 3, 8, (0,), 1.0, trace=trace)
     done_at = next(step for step, (_, state) in enumerate(trace) if bool(state.done[0]))
     assert done_at < len(trace) - 2
     for step, (held, state) in enumerate(trace):
@@ -142,7 +146,7 @@ def test_buffers_follow_the_parents_and_a_done_prompt_stays_as_it_is():
             frozen = jax.tree.map(lambda x: np.asarray(x)[0], trace[done_at][1])
             jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: np.asarray(x)[0], state), frozen)
             # In place, so that the pages of a prompt that is done are left alone.
-            assert [beam[: 2 + done_at + 1] for beam in held[0]] == [beam for beam in trace[done_at][0][0]]
+            assert [beam[: 2 + done_at + 1] for beam in held[0]] == trace[done_at][0][0]
 
 
 def test_token_logprobs_of_hypotheses_are_those_reported():
@@ -150,7 +154,7 @@ def test_token_logprobs_of_hypotheses_are_those_reported():
     raw = np.tile(model.next(prompt).astype(np.float32), (1, 2, 1))
     processed = raw - np.arange(9, dtype=np.float32)
     state = beam_math.init(1, 2, 4)
-    _, tokens, state = jit_advance(state, processed, np.asarray([-1]), 1.0, 1, raw)
+    _, _, state = jit_advance(state, processed, padded(()), 1.0, 1, raw)
     result = jit_finalise(state, 2, 1.0)
     np.testing.assert_array_equal(result.tokens[0, :, 0], np.argsort(-processed[0, 0])[:2])
     np.testing.assert_array_equal(result.logprobs[0, :, 0], raw[0, 0][np.asarray(result.tokens[0, :, 0])])
@@ -162,7 +166,7 @@ def test_a_search_cut_short_returns_its_beams():
     state = beam_math.init(1, 3, 8)
     logprobs = np.tile(model.next([1, 2]).astype(np.float32), (1, 3, 1))
     assert listed(jit_finalise(state, 3, 1.0), 0) == []
-    _, tokens, state = jit_advance(state, logprobs, np.asarray([-1]), 1.0, 8)
+    _, _, state = jit_advance(state, logprobs, padded(()), 1.0, 8)
     cut = listed(jit_finalise(state, 3, 1.0), 0)
     best = np.argsort(-logprobs[0, 0])[:3]
     assert [tokens for _, tokens in cut] == [[token] for token in best]
@@ -180,12 +184,12 @@ def test_log_probabilities_that_allow_no_choice_end_their_prompt_with_nan_and_no
     models = [TableModel(9, 1), TableModel(9, 2)]
     state = beam_math.init(2, 3, 4)
     logprobs = np.asarray([[m.next([1, 2])] * 3 for m in models], np.float32)
-    clean = jit_advance(state, logprobs, np.asarray([-1]), 1.0, 4)
+    clean = jit_advance(state, logprobs, padded(()), 1.0, 4)
     if poison == "one NaN":
         logprobs[0, 0, 3] = np.nan
     else:
         logprobs[0] = -np.inf
-    parents, tokens, broken = jit_advance(state, logprobs, np.asarray([-1]), 1.0, 4)
+    parents, tokens, broken = jit_advance(state, logprobs, padded(()), 1.0, 4)
     assert broken.done.tolist() == [True, False]
     result = jit_finalise(broken, 2, 1.0)
     assert np.isnan(np.asarray(result.scores)).tolist() == [[True, True], [False, False]]
@@ -216,6 +220,8 @@ def test_other_limits_penalties_and_stop_tokens_never_compile_again():
 def small_llama():
     torch = pytest.importorskip("torch", reason="parity needs torch")
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    # Matrices this small only wait for each other on many threads.
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=40,
@@ -227,24 +233,18 @@ def small_llama():
         initializer_range=0.6,  # far from uniform, so that scores differ by more than rounding
         bos_token_id=None,
         eos_token_id=None,
-        pad_token_id=0,
+        pad_token_id=39,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize(
-    ("beams", "n", "limit", "stops", "penalty"),
-    [(3, 2, 10, (5,), 1.0), (4, 4, 8, (7, 11, 30), 0.6), (2, 1, 6, (), 1.0), (3, 3, 12, (2, 9), 2.0)],
-)
-def test_texts_and_scores_equal_those_of_transformers(beams, n, limit, stops, penalty):
-    """Scores within 1e-4: both forward passes are torch's, but in other batches, and sums are rounded otherwise."""
-    llama = small_llama()
+def transformers_search(prompts, beams, n, limit, stops, penalty):
+    """Generated tokens and scores of `generate`, prompt-major; tokens are padded with 39 behind an end token."""
     import torch
 
-    prompts = torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6], [20, 21, 20, 21]])
-    expected = llama.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
+    out = small_llama().generate(
+        torch.tensor(prompts),
+        attention_mask=torch.ones(np.shape(prompts), dtype=torch.long),
         num_beams=beams,
         num_return_sequences=n,
         do_sample=False,
@@ -255,35 +255,44 @@ def test_texts_and_scores_equal_those_of_transformers(beams, n, limit, stops, pe
         return_dict_in_generate=True,
         output_scores=True,
     )
+    return out.sequences[:, np.shape(prompts)[1] :].tolist(), out.sequences_scores.numpy()
 
-    state = beam_math.init(len(prompts), beams, limit)
-    held = prompts.repeat_interleave(beams, 0)
-    offsets = torch.arange(len(prompts))[:, None] * beams
+
+@pytest.mark.parametrize(
+    ("beams", "n", "limit", "ends", "penalty", "some_end_early"),
+    [(3, 2, 12, 3, 1.0, True), (4, 4, 8, 3, 0.6, True), (3, 1, 6, 0, 1.0, False), (3, 3, 12, 2, 2.0, False)],
+    ids=["plain", "short favoured", "no end token", "long favoured"],
+)
+def test_texts_and_scores_equal_those_of_transformers(beams, n, limit, ends, penalty, some_end_early):
+    """Scores within 1e-4: both forward passes are torch's, but in other batches, and sums are rounded otherwise."""
+    llama = small_llama()
+    import torch
+
+    prompts = [[1, 2, 3, 4], [9, 8, 7, 6], [20, 21, 20, 21]]
+    # End tokens that come up: the fourth tokens of the best texts that have none.
+    endless, _ = transformers_search(prompts, beams, 1, 6, (), penalty)
+    stops = sorted({row[3] for row in endless})[:ends]
+    expected_tokens, expected_scores = transformers_search(prompts, beams, n, limit, stops, penalty)
+
+    state = beam_math.init(len(prompts), beams, 12)
+    held = torch.tensor(prompts).repeat_interleave(beams, 0)
+    offsets = np.arange(len(prompts))[:, None] * beams
     while not bool(state.done.all()):
         with torch.no_grad():
-            logprobs = llama(held).logits[:, -1].float().log_softmax(-1)
-        parents, tokens, state = jit_advance(
-            state,
-            logprobs.numpy().reshape(len(prompts), beams, -1),
-            np.asarray(stops or [-1], np.int32),
-            penalty,
-            limit,
-        )
-        order = (torch.tensor(np.asarray(parents)) + offsets).flatten()
-        held = torch.cat([held[order], torch.tensor(np.asarray(tokens)).flatten()[:, None]], dim=1)
+            logits = llama(held).logits[:, -1].float()
+        logprobs = logits.log_softmax(-1).numpy().reshape(len(prompts), beams, -1)
+        parents, tokens, state = jit_advance(state, logprobs, padded(stops, 3), penalty, limit)
+        order = torch.tensor((np.asarray(parents) + offsets).flatten())
+        held = torch.cat([held[order], torch.tensor(np.asarray(tokens).reshape(-1, 1))], dim=1)
     result = jit_finalise(state, n, penalty)
 
-    ours = [listed(result, index) for index in range(len(prompts))]
-    theirs = expected.sequences[:, prompts.shape[1] :].tolist()
-    for hypothesis_tokens, row in zip([t for prompt in ours for _, t in prompt], theirs, strict=True):
-        length = len(hypothesis_tokens)
-        assert hypothesis_tokens == row[:length]
-        # Theirs are padded after the end token.
-        assert length == limit or row[length - 1] in stops
-        assert set(row[length:]) <= {0}
-    np.testing.assert_allclose(np.asarray(result.scores).flatten(), expected.sequences_scores.numpy(), atol=1e-4)
-    if stops:
-        assert any(len(t) < limit for prompt in ours for _, t in prompt)
+    ours = [tokens for index in range(len(prompts)) for _, tokens in listed(result, index)]
+    for tokens, row in zip(ours, expected_tokens, strict=True):
+        assert tokens == row[: len(tokens)]
+        assert len(tokens) == limit or tokens[-1] in stops
+        assert set(row[len(tokens) :]) <= {39}
+    np.testing.assert_allclose(np.asarray(result.scores).flatten(), expected_scores, atol=1e-4)
+    assert any(len(tokens) < limit for tokens in ours) == some_end_early
 
 
 def test_shapes_and_dtypes_hold_through_a_step():

@@ -1,0 +1,119 @@
+"""`load` and `save`: models from and to directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from kvjax.config import MeshConfig, ModelConfig
+from kvjax.convert.directory import KVJAX_FILE, TOKENIZER_FILE, read_sidecars, replaced
+from kvjax.convert.generation import agreeing, with_generation_config
+from kvjax.convert.hf import CONFIG_FILE, load_hf, save_hf
+from kvjax.convert.orbax_store import load_orbax, save_orbax
+from kvjax.convert.weight_dtypes import weight_dtype
+from kvjax.distributed import as_mesh, parameter_shardings
+from kvjax.errors import CheckpointError, ConfigError
+from kvjax.model import Model
+from kvjax.typing import Params
+
+FORMATS = ("orbax", "safetensors")
+
+
+def load(path: str | Path, dtype: Any = None, mesh: Mesh | MeshConfig | None = None) -> Model:
+    """Reads a model from a Hugging Face directory, or from one that `save` wrote.
+
+    Args:
+      path: a local directory: `config.json` and safetensors of Llama 2 or 3, Qwen2 or 2.5, Qwen3 or Mistral, or
+        `kvjax_config.json` and orbax weights.
+      dtype: of the weights: "float32", "bfloat16" or "float16"; "auto": the checkpoint's own (where tensors differ, the
+        embedding's); None: bfloat16 on an accelerator, float32 on CPU (bfloat16 products are many times slower there).
+      mesh: spread the weights over a mesh by `kvjax.distributed.AxisRules`; None: all on the default device.
+
+    Returns:
+      A `Model`. `model.config.dtype` is the checkpoint's own dtype, `model.dtype` the one it was loaded in.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged, incomplete, not finite, or of an architecture or
+        with a setting that kvjax does not compute.
+      ConfigError: the dtype is none of the above, or the mesh does not fit the model or the devices.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        why = "it is a file: give its directory" if path.exists() else "there is no such local directory"
+        raise CheckpointError(f"cannot load {path}: {why}")
+    device_mesh = None if mesh is None else as_mesh(mesh)
+    wanted = _default_dtype(device_mesh) if dtype is None else None if dtype == "auto" else weight_dtype(dtype)
+
+    def shardings(config: ModelConfig) -> Params | None:
+        return None if device_mesh is None else parameter_shardings(config, device_mesh)
+
+    files = read_sidecars(path)
+    tokenizer = _read_tokenizer(files, path)
+    if (path / KVJAX_FILE).exists():
+        config, params = load_orbax(path, wanted, shardings)
+    elif (path / CONFIG_FILE).exists():
+        config, params = load_hf(path, wanted, shardings)
+        config = with_generation_config(config, files, str(path))
+    else:
+        raise CheckpointError(f"{path} holds no checkpoint: neither {CONFIG_FILE} nor {KVJAX_FILE}")
+    return Model(config, params, tokenizer, files)
+
+
+def save(model: Model, path: str | Path, format: str = "orbax") -> None:
+    """Writes a model, its tokenizer and the small files it came with; nothing is ever seen half-written.
+
+    The directory is written beside `path` and takes its place at the end. A checkpoint that is there is replaced; any
+    other non-empty directory, or one that holds files besides a checkpoint's, is left alone.
+
+    Args:
+      format: "orbax" keeps everything kvjax knows, sharded weights shard by shard; "safetensors" is a Hugging Face
+        directory of the config's family, whose tensors equal bit for bit those of a checkpoint that was loaded with
+        dtype="auto".
+
+    Raises:
+      CheckpointError: `path` may not be replaced or cannot be written, or the model has no form in `format`.
+      ConfigError: an unknown format.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    with replaced(Path(path)) as folder:
+        if format == "orbax":
+            save_orbax(model.config, model.params, folder)
+        else:
+            save_hf(model.config, model.params, folder)
+        for name, content in agreeing(model.files, model.config):
+            if name != TOKENIZER_FILE:
+                (folder / name).write_bytes(content)
+        if model.tokenizer is not None:
+            (folder / TOKENIZER_FILE).write_bytes(_tokenizer_bytes(model))
+
+
+def _default_dtype(mesh: Mesh | None) -> np.dtype:
+    """bfloat16 but on CPU."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+
+
+def _read_tokenizer(files: tuple[tuple[str, bytes], ...], path: Path) -> Tokenizer | None:
+    """The tokenizer of `tokenizer.json`, if there is one."""
+    content = dict(files).get(TOKENIZER_FILE)
+    if content is None:
+        return None
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path / TOKENIZER_FILE} is not a valid tokenizer: {error}; copy it again") from error
+
+
+def _tokenizer_bytes(model: Model) -> bytes:
+    """The file the tokenizer was read from, unless the model was given another one since."""
+    content = dict(model.files).get(TOKENIZER_FILE)
+    if content is not None and Tokenizer.from_buffer(content).to_str() == model.tokenizer.to_str():
+        return content
+    return str(model.tokenizer.to_str(pretty=True)).encode("utf-8")

@@ -1,0 +1,92 @@
+"""Checkpoint directories as wholes: what may lie in one, and replacing one without ever showing half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvjax.errors import CheckpointError
+
+KVJAX_FILE = "kvjax_config.json"
+PARAMS_FOLDER = "params"
+
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+SIDECARS = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    GENERATION_FILE,
+)
+"""Small files beside the weights, kept by loading and written back by saving."""
+
+_OURS = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+
+def read_sidecars(path: Path) -> tuple[tuple[str, bytes], ...]:
+    """Name and content of the side files that `path` holds."""
+    try:
+        return tuple((name, (path / name).read_bytes()) for name in SIDECARS if (path / name).is_file())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yields an empty directory beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises:
+      CheckpointError: `path` exists and is neither empty nor a checkpoint, or cannot be written.
+    """
+    path = path.expanduser().resolve()
+    _check_replaceable(path)
+    token = uuid.uuid4().hex[:8]
+    partial, old = (path.with_name(f".{path.name}.{token}.{kind}") for kind in ("partial", "old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(partial, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Only nothing, an empty directory, or a directory of checkpoint files alone may be replaced."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give the path of a directory to save into")
+    names = sorted(entry.name for entry in path.iterdir())
+    if not names:
+        return
+    ours = KVJAX_FILE in names
+    weights = any(_OURS.fullmatch(name) and name != "config.json" for name in names)
+    if not ours and not weights:
+        raise CheckpointError(f"{path} is not empty and holds no checkpoint; choose another directory")
+    allowed = {*SIDECARS, *([KVJAX_FILE, PARAMS_FOLDER] if ours else [])}
+    foreign = [name for name in names if name not in allowed and not _OURS.fullmatch(name)]
+    if foreign:
+        raise CheckpointError(
+            f"{path} holds {foreign[0]!r}, which is no part of a checkpoint and would be lost; "
+            "move it away, or choose another directory"
+        )

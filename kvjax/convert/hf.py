@@ -1,0 +1,255 @@
+"""Weights of a Hugging Face directory: safetensors in, safetensors out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.config import ModelConfig
+from kvjax.convert.hf_config import PRIVATE, read_config, write_config
+from kvjax.convert.hf_fields import read_json
+from kvjax.convert.hf_names import EMBEDDING, HEAD, IGNORED, is_transposed, tensor_name
+from kvjax.convert.progress import progress
+from kvjax.convert.tensor_file import DTYPES, StoredTensor, TensorToWrite, read_header, write_tensors
+from kvjax.convert.weight_dtypes import all_finite
+from kvjax.errors import CheckpointError
+from kvjax.model import parameter_shapes
+from kvjax.typing import Params
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+_SHOWN = 3
+
+
+def load_hf(
+    path: Path, dtype: np.dtype | None, shardings: Callable[[ModelConfig], Params | None]
+) -> tuple[ModelConfig, Params]:
+    """Config and weights of a Hugging Face directory.
+
+    One tensor at a time is read, cast, turned and placed: beside the weights themselves, host memory holds the one
+    tensor at hand and a few blocks of `BLOCK_BYTES`.
+
+    Args:
+      dtype: what to load in; None: the checkpoint's own.
+      shardings: where each parameter goes, given the config; None: the default device.
+
+    Raises:
+      CheckpointError: naming the file or tensor that is missing, damaged, too many, of the wrong shape or not finite.
+    """
+    source = path / CONFIG_FILE
+    config = read_config(read_json(source), str(source))
+    stored = _stored_tensors(path)
+    expected = _by_path(parameter_shapes(config))
+    _check_tensors(path, config, stored, expected)
+    own = stored[EMBEDDING].numpy_dtype
+    head_too = config.tie_word_embeddings and HEAD in stored
+    if head_too:
+        _check_tied(stored[EMBEDDING], stored[HEAD])
+        config = _remember_head(config)
+    config = dataclasses.replace(config, dtype=own.name)
+    placed = shardings(config)
+    places: dict[tuple[str, ...], Any] = dict.fromkeys(expected) if placed is None else _by_path(placed)
+    params: Params = {}
+    total = sum(stored[tensor_name(leaf)].nbytes for leaf in expected)
+    with progress(f"loading {path.name}", total) as advance, ThreadPoolExecutor(_threads()) as pool:
+        for leaf, shape in expected.items():
+            tensor = stored[tensor_name(leaf)]
+            host = _read(tensor, shape.shape, dtype or own, is_transposed(leaf), pool)
+            # Waiting for each transfer keeps no more than one tensor's host copy alive.
+            _put(params, leaf, jax.block_until_ready(jax.device_put(host, places[leaf])))
+            advance(tensor.nbytes)
+    return config, params
+
+
+def _threads() -> int:
+    """Reading, casting and turning blocks are NumPy calls that run beside one another."""
+    return min(8, os.cpu_count() or 1)
+
+
+def save_hf(config: ModelConfig, params: Params, path: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Writes `config.json` and the weights, in their dtype, into the existing directory `path`.
+
+    Weights beyond `max_shard_bytes` are split over several files with an index. Tied embeddings are written once, or
+    twice where the checkpoint they were read from held them twice.
+    """
+    dtype = params["embed"]["embedding"].dtype
+    document = write_config(config, dtype.name)
+    (path / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = [_to_write(leaf, value) for leaf, value in _by_path(params).items()]
+    if config.tie_word_embeddings and json.loads(config.extra).get(PRIVATE, {}).get("stored_head"):
+        embedding = params["embed"]["embedding"]
+        tensors.append(TensorToWrite(HEAD, embedding.shape, embedding.dtype, lambda: _to_host(embedding)))
+    shards = list(_shards(tensors, max_shard_bytes))
+    total = sum(tensor.nbytes for tensor in tensors)
+    with progress("saving", total) as advance:
+        if len(shards) == 1:
+            write_tensors(path / SINGLE_FILE, tensors, advance)
+            return
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            write_tensors(path / name, shard, advance)
+            weight_map.update({tensor.name: name for tensor in shard})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the directory, by name, from the headers alone."""
+    if (path / SINGLE_FILE).exists():
+        return read_header(path / SINGLE_FILE)
+    index = path / INDEX_FILE
+    if not index.exists():
+        other = next((f.name for pattern in ("*.bin", "*.pth", "*.gguf") for f in sorted(path.glob(pattern))), None)
+        hint = f"; it holds {other}: convert it to safetensors" if other else ""
+        raise CheckpointError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+    ):
+        raise CheckpointError(f"{index}: weight_map must be a table from tensor names to names of files beside it")
+    files = sorted(set(weight_map.values()))
+    absent = [file for file in files if not (path / file).exists()]
+    if absent:
+        raise CheckpointError(f"{index} names {_some(absent)}, which {path} does not hold; copy or download them")
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in read_header(path / file).items():
+            if weight_map.get(name, file) != file:
+                raise CheckpointError(f"{path / file} holds {name}, which {index.name} places in {weight_map[name]}")
+            if name in stored:
+                raise CheckpointError(f"{name} is in two files, {stored[name].file.name} and {file}; keep one")
+            stored[name] = tensor
+    lost = sorted(set(weight_map) - set(stored))
+    if lost:
+        raise CheckpointError(f"{index} promises {_some(lost)}, which {weight_map[lost[0]]} does not hold")
+    return stored
+
+
+def _check_tensors(
+    path: Path,
+    config: ModelConfig,
+    stored: dict[str, StoredTensor],
+    expected: dict[tuple[str, ...], jax.ShapeDtypeStruct],
+) -> None:
+    """The same names and shapes as the config promises, and dtypes that can be read."""
+    names = {tensor_name(leaf): leaf for leaf in expected}
+    allowed = {HEAD} if config.tie_word_embeddings else set()
+    missing = [name for name in names if name not in stored]
+    if missing:
+        hint = "set tie_word_embeddings if the embedding is the head too" if missing == [HEAD] else ""
+        hint = hint or f"{CONFIG_FILE} and the weights may belong to different models"
+        raise CheckpointError(f"{path}: missing tensors: {_some(missing)}; {hint}")
+    extra = sorted(name for name in stored if name not in names and name not in allowed and not IGNORED.match(name))
+    if extra:
+        raise CheckpointError(
+            f"{path}: tensors that a {config.family} model of this {CONFIG_FILE} does not have: {_some(extra)}; "
+            "kvjax would compute something else than their authors meant"
+        )
+    for name, leaf in names.items():
+        tensor, shape = stored[name], expected[leaf].shape
+        wanted = shape[::-1] if is_transposed(leaf) else shape
+        if tensor.shape != wanted:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, {CONFIG_FILE} promises {list(wanted)}; "
+                "use the config that belongs to these weights"
+            )
+        _ = tensor.numpy_dtype  # refuses dtypes that cannot be read, before the first weight is
+
+
+def _read(
+    tensor: StoredTensor, shape: tuple[int, ...], dtype: np.dtype, transposed: bool, pool: ThreadPoolExecutor
+) -> np.ndarray:
+    """One tensor in `shape` and `dtype`, checked to be finite."""
+    out = np.empty(shape, dtype)
+
+    def copy(rows: tuple[int, int]) -> None:
+        with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
+            block = tensor.read(*rows).astype(dtype, copy=False)
+        if not all_finite(block):
+            hint = ", or too large for float16: load them as bfloat16 or float32" if dtype == np.float16 else ""
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} holds NaN or infinite values as {dtype.name} (stored as "
+                f"{tensor.numpy_dtype.name}); the weights are damaged{hint}"
+            )
+        if transposed:
+            out[:, slice(*rows)] = block.T
+        else:
+            out[slice(*rows)] = block
+
+    for _ in pool.map(copy, tensor.blocks()):
+        pass
+    return out
+
+
+def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
+    """Both copies of a tied matrix must agree, or nobody knows which is meant."""
+    same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
+    if not same or any(embedding.read(*rows).tobytes() != head.read(*rows).tobytes() for rows in head.blocks()):
+        raise CheckpointError(
+            f"{head.file}: {HEAD} differs from {EMBEDDING}, though {CONFIG_FILE} sets tie_word_embeddings; "
+            f"set it to false, or remove {HEAD}"
+        )
+
+
+def _remember_head(config: ModelConfig) -> ModelConfig:
+    """Notes that the checkpoint stores the tied matrix twice, so that saving does too."""
+    extra = {**json.loads(config.extra), PRIVATE: {"stored_head": True}}
+    return dataclasses.replace(config, extra=json.dumps(extra, sort_keys=True))
+
+
+def _to_write(leaf: tuple[str, ...], value: jax.Array) -> TensorToWrite:
+    """A parameter as the tensor it becomes."""
+    name, transposed = tensor_name(leaf), is_transposed(leaf)
+    if value.dtype not in DTYPES.values():
+        raise CheckpointError(f"{'/'.join(leaf)} has dtype {value.dtype}; weights are saved as {', '.join(DTYPES)}")
+    shape = value.shape[::-1] if transposed else value.shape
+    return TensorToWrite(name, shape, value.dtype, lambda: _to_host(value).T if transposed else _to_host(value))
+
+
+def _to_host(value: jax.Array) -> np.ndarray:
+    """The value in host memory. A copy is fetched, because an array keeps what was fetched of it for its lifetime."""
+    return np.asarray(jnp.copy(value))
+
+
+def _shards(tensors: list[TensorToWrite], max_bytes: int) -> Iterator[list[TensorToWrite]]:
+    """Consecutive tensors, as many to a file as fit."""
+    shard: list[TensorToWrite] = []
+    for tensor in tensors:
+        if shard and sum(t.nbytes for t in shard) + tensor.nbytes > max_bytes:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
+
+
+def _by_path(tree: Params) -> dict[tuple[str, ...], Any]:
+    """A nested dict as one from paths to leaves."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def _put(tree: Params, path: tuple[str, ...], value: jax.Array) -> None:
+    """Sets a leaf, making the tables on the way."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,32 @@
+"""Weight dtypes: which are allowed, and whether every value is a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.errors import ConfigError
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+
+# All exponent bits set: infinity or NaN.
+_EXPONENT = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+
+
+def weight_dtype(dtype: Any) -> np.dtype:
+    """`dtype` (a name, a NumPy or a jax dtype) as one that weights may have; `ConfigError` for others."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in WEIGHT_DTYPES:
+        raise ConfigError(f'dtype must be None, "auto" or one of {", ".join(WEIGHT_DTYPES)}, got {dtype!r}')
+    return found
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; on integers, as NumPy's own test is slow for bfloat16."""
+    mask = _EXPONENT[values.dtype.name]
+    return not np.any((values.view(mask.dtype) & mask) == mask)

@@ -1,0 +1,139 @@
+"""Logical axis rules: which mesh axis each kind of parameter dimension is split over.
+
+A parameter's path gives the logical axes of its dimensions, `AxisRules` gives each logical axis a mesh axis, and both
+together a `PartitionSpec`. The default splits heads, the MLP and the vocabulary over "tensor" (Shoeybi et al. 2019,
+1909.08053) and replicates over every other mesh axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kvjax.config import ModelConfig
+from kvjax.errors import ConfigError
+from kvjax.model import parameter_shapes
+from kvjax.typing import Params
+
+MAY_REPLICATE = ("kv_heads", "vocab")
+"""Logical axes that are replicated, not refused, where the mesh axis does not divide them."""
+
+LOGICAL_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
+    ("embed", "embedding"): ("vocab", "embed"),
+    ("norm", "scale"): ("embed",),
+    ("head", "kernel"): ("embed", "vocab"),
+    ("attention_norm", "scale"): ("embed",),
+    ("mlp_norm", "scale"): ("embed",),
+    ("attention", "q", "kernel"): ("embed", "heads"),
+    ("attention", "q", "bias"): ("heads",),
+    ("attention", "k", "kernel"): ("embed", "kv_heads"),
+    ("attention", "k", "bias"): ("kv_heads",),
+    ("attention", "v", "kernel"): ("embed", "kv_heads"),
+    ("attention", "v", "bias"): ("kv_heads",),
+    ("attention", "o", "kernel"): ("heads", "embed"),
+    ("attention", "o", "bias"): ("embed",),
+    ("attention", "q_norm", "scale"): (None,),
+    ("attention", "k_norm", "scale"): (None,),
+    ("mlp", "gate", "kernel"): ("embed", "mlp"),
+    ("mlp", "gate", "bias"): ("mlp",),
+    ("mlp", "up", "kernel"): ("embed", "mlp"),
+    ("mlp", "up", "bias"): ("mlp",),
+    ("mlp", "down", "kernel"): ("mlp", "embed"),
+    ("mlp", "down", "bias"): ("embed",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """The mesh axis of each logical axis; None, or an axis the mesh does not have, means replicated.
+
+    Heads are never cut: `heads` and `kv_heads` count heads, not channels. Where the mesh axis does not divide them,
+    `kv_heads` and `vocab` are replicated (few key-value heads and odd vocabularies are common, and both stay right);
+    any other logical axis is refused with `ConfigError`, because replicating it would cost the memory it should save.
+
+    Attributes:
+      embed: the residual stream's dimension; "data" gives fully sharded parameters.
+      heads: query heads, in q's output and o's input.
+      kv_heads: key-value heads, in the output of k and v.
+      mlp: the feed-forward width.
+      vocab: rows of the embedding, columns of the head.
+      layers: the leading axis of stacked parameters.
+    """
+
+    embed: str | None = None
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    mlp: str | None = "tensor"
+    vocab: str | None = "tensor"
+    layers: str | None = None
+
+
+def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
+    """The logical axis of each dimension of the parameter at `path`, per layer or stacked."""
+    if path[0] == "layers":
+        return ("layers", *logical_axes(path[1:]))
+    inner = path[1:] if path[0].startswith("layers_") else path
+    if inner not in LOGICAL_AXES:
+        raise ConfigError(f"parameter {'/'.join(path)} has no logical axes; add it to LOGICAL_AXES in {__name__}")
+    return LOGICAL_AXES[inner]
+
+
+def partition_specs(
+    config: ModelConfig, mesh_shape: Mapping[str, int], rules: AxisRules = AxisRules(), scan: bool = False
+) -> Params:
+    """A `PartitionSpec` per parameter.
+
+    Args:
+      mesh_shape: size of each mesh axis (`mesh.shape`).
+      scan: the stacked layout of training, with a leading layer axis.
+
+    Raises:
+      ConfigError: a mesh axis does not divide a dimension that may not be replicated, or would split two of one array.
+    """
+    sizes = {
+        "embed": config.hidden_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "mlp": config.intermediate_size,
+        "vocab": config.vocab_size,
+        "layers": config.num_layers,
+    }
+    chosen = {axis: _mesh_axis(axis, size, mesh_shape, rules) for axis, size in sizes.items()}
+
+    def spec(path: tuple, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        names = tuple(key.key for key in path)
+        axes = [chosen[axis] if axis else None for axis in logical_axes(names)]
+        used = [axis for axis in axes if axis]
+        if len(set(used)) != len(used):
+            raise ConfigError(
+                f"{rules} splits two dimensions of {'/'.join(names)} over mesh axis {used[0]!r}; "
+                "give one of them another axis or None"
+            )
+        return PartitionSpec(*axes)
+
+    return jax.tree_util.tree_map_with_path(spec, parameter_shapes(config, scan))
+
+
+def parameter_shardings(config: ModelConfig, mesh: Mesh, rules: AxisRules = AxisRules(), scan: bool = False) -> Params:
+    """A `NamedSharding` per parameter; arguments and errors as `partition_specs`."""
+    specs = partition_specs(config, mesh.shape, rules, scan)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _mesh_axis(axis: str, size: int, mesh_shape: Mapping[str, int], rules: AxisRules) -> str | None:
+    """The mesh axis that `axis` is split over, or None for replicated."""
+    name = getattr(rules, axis)
+    ways = mesh_shape.get(name, 1) if name else 1
+    if ways == 1:
+        return None
+    if size % ways == 0:
+        return str(name)
+    if axis in MAY_REPLICATE:
+        return None
+    raise ConfigError(
+        f"{axis} ({size}) cannot be split {ways} ways over mesh axis {name!r}; choose a mesh whose {name!r} size "
+        f"divides {size}, or AxisRules({axis}=None) to replicate it"
+    )

@@ -1,0 +1,58 @@
+"""Causal attention for training, a block of queries at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.typing import Rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCausalAttend:
+    """Full causal attention over whole rows (positions 0, 1, ...), without a cache.
+
+    Each block of queries multiplies only the keys up to its own end, so about half of the score matrix is never made,
+    and every product is a plain batched matrix product. On a CPU both matter: a step is several times quicker than with
+    one masked [T, T] matrix per head.
+
+    Attributes:
+      block: queries per block.
+    """
+
+    block: int = 128
+
+    def begin(self, cache: Any, tokens: jax.Array, positions: jax.Array) -> Any:
+        """Nothing to prepare."""
+        return cache
+
+    def __call__(
+        self,
+        cache: Any,
+        layer: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        positions: jax.Array,
+        rotate: Rotate,
+    ) -> tuple[jax.Array, Any]:
+        """q [B,T,H,D], k and v [B,T,K,D], positions int32[B,T] (used for rotation only) -> out [B,T,H,D]."""
+        group = q.shape[2] // k.shape[2]
+        q = jnp.swapaxes(rotate(q * q.shape[3] ** -0.5, positions), 1, 2)
+        k = jnp.repeat(jnp.swapaxes(rotate(k, positions), 1, 2), group, axis=1)
+        v = jnp.repeat(jnp.swapaxes(v, 1, 2), group, axis=1)
+        out = []
+        for start in range(0, q.shape[2], self.block):
+            end = min(start + self.block, q.shape[2])
+            scores = jnp.matmul(q[:, :, start:end], jnp.swapaxes(k[:, :, :end], 2, 3))
+            causal = jnp.tril(jnp.ones((end - start, end), bool), start)
+            weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1)
+            out.append(jnp.matmul(weights, v[:, :, :end]))
+        return jnp.swapaxes(jnp.concatenate(out, axis=2), 1, 2), cache
+
+    def end(self, cache: Any) -> Any:
+        """Nothing to finish."""
+        return cache

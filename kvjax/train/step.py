@@ -1,0 +1,127 @@
+"""The training step: stacked parameters, scanned layers, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from kvjax.config import ModelConfig
+from kvjax.models import Decoder
+from kvjax.train.attend import BlockCausalAttend
+from kvjax.train.loss import token_losses
+from kvjax.typing import Params
+
+
+class TrainState(NamedTuple):
+    """What training carries: stacked parameters (`kvjax.models.stack_layers`), optimiser state, int32[] steps taken."""
+
+    params: Params
+    optimizer: Any
+    step: jax.Array
+
+
+def schedule(learning_rate: float, steps: int, warmup: int, decay: int, final: float = 0.0) -> optax.Schedule:
+    """Linear warmup, a plateau, and a cosine fall over the last `decay` steps to `final` times the peak.
+
+    With a plateau the run's length may still be changed until the fall begins; decay = steps - warmup is plain cosine.
+    """
+    plateau = max(steps - decay, warmup)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, learning_rate, warmup),
+            optax.constant_schedule(learning_rate),
+            optax.cosine_decay_schedule(learning_rate, max(steps - plateau, 1), alpha=final),
+        ],
+        [warmup, plateau],
+    )
+
+
+def adamw(learning_rate: optax.Schedule | float, weight_decay: float = 0.1, clip: float = 1.0) -> optax.GradientTransformation:
+    """AdamW with gradient clipping by global norm; norms' scales, biases and embeddings are not decayed."""
+
+    def decayed(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, mask=decayed),
+    )
+
+
+def muon(
+    learning_rate: optax.Schedule, scale: float = 10.0, weight_decay: float = 0.01, clip: float = 1.0, steps: int = 4
+) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for matrices, at `scale` times the learning rate; AdamW for norms, biases and embeddings.
+
+    A matrix's update is its momentum with all singular values brought near 1 by `steps` Newton-Schulz iterations. On a
+    small budget of tokens it learns about twice as much per token as AdamW.
+    """
+
+    def matrices(params: Params) -> Any:
+        numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        return jax.tree_util.tree_map_with_path(lambda path, _: numbers if path[-1].key == "kernel" else None, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.contrib.muon(
+            lambda count: scale * learning_rate(count),
+            ns_steps=steps,
+            weight_decay=weight_decay,
+            adam_b2=0.95,
+            adam_learning_rate=learning_rate,
+            muon_weight_dimension_numbers=matrices,
+        ),
+    )
+
+
+def forward(config: ModelConfig, attend: Any = None, scan: bool = True) -> Callable[[Params, jax.Array], jax.Array]:
+    """`logits(params, tokens int32[B, T]) -> float32[B, T, V]` without a cache."""
+    module = Decoder(config, BlockCausalAttend() if attend is None else attend, scan=scan)
+
+    def logits(params: Params, tokens: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        hidden, _ = module.apply({"params": params}, tokens, positions, None)
+        return module.apply({"params": params}, hidden, method="logits")
+
+    return logits
+
+
+def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around stacked parameters."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def make_train_step(
+    logits: Callable[[Params, jax.Array], jax.Array], optimizer: optax.GradientTransformation, parts: int = 1
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted `(state, tokens[B, T], mask[B, T]) -> (state, {"loss", "gradient_norm"})` that donates the state.
+
+    Args:
+      parts: B is split into so many parts, whose gradients are added up one after another: the same step, in less
+        memory, and quicker where a part's activations fit a processor's cache.
+    """
+
+    def train_step(
+        state: TrainState, tokens: jax.Array, mask: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        total = jnp.maximum(jnp.sum(mask[:, 1:]), 1e-6)
+
+        def part_loss(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+            return jnp.sum(token_losses(logits(params, tokens), tokens) * mask[:, 1:]) / total
+
+        def add(carry: tuple[jax.Array, Params], part: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(part_loss)(state.params, *part)), None
+
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), (tokens, mask))
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        (loss, gradients), _ = jax.lax.scan(add, zero, split)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        state = TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1)
+        return state, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+
+    return jax.jit(train_step, donate_argnums=0)
