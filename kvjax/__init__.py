@@ -20,6 +20,7 @@ from kvjax.generate.score import score
 from kvjax.generate.state import State
 from kvjax.generate.warmup import enable_compilation_cache, warmup
 from kvjax.model import Model, init
+from kvjax.plan import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "MeshConfig",
     "Model",
     "ModelConfig",
+    "Plan",
     "Policy",
     "ProcessorContext",
     "RopeScaling",
@@ -48,6 +50,7 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "plan",
     "policies",
     "prefill",
     "save",

@@ -19,7 +19,7 @@ from kvjax.convert.orbax_store import load_orbax, save_orbax
 from kvjax.convert.weight_dtypes import weight_dtype
 from kvjax.distributed import as_mesh, parameter_shardings
 from kvjax.errors import CheckpointError, ConfigError
-from kvjax.model import Model
+from kvjax.model import Model, parameter_shapes
 from kvjax.typing import Params
 
 FORMATS = ("orbax", "safetensors")
@@ -77,11 +77,13 @@ def save(model: Model, path: str | Path, format: str = "orbax") -> None:
         dtype="auto".
 
     Raises:
-      CheckpointError: `path` may not be replaced or cannot be written, or the model has no form in `format`.
+      CheckpointError: `path` may not be replaced or cannot be written, the model has no form in `format`, or its
+        weights are not those of its config.
       ConfigError: an unknown format.
     """
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    _check_params(model)
     with replaced(Path(path)) as folder:
         if format == "orbax":
             save_orbax(model.config, model.params, folder)
@@ -92,6 +94,20 @@ def save(model: Model, path: str | Path, format: str = "orbax") -> None:
                 (folder / name).write_bytes(content)
         if model.tokenizer is not None:
             (folder / TOKENIZER_FILE).write_bytes(_tokenizer_bytes(model))
+
+
+def _check_params(model: Model) -> None:
+    """What is written must be what `load` will expect of this config."""
+    ours, expected = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        for tree in (model.params, parameter_shapes(model.config))
+    )
+    wrong = sorted(path for path in ours.keys() | expected.keys() if ours.get(path) != expected.get(path))
+    if wrong:
+        raise CheckpointError(
+            f"model.params{wrong[0]} has shape {ours.get(wrong[0])}, model.config promises {expected.get(wrong[0])} "
+            "(None: no such parameter); stacked layers go through kvjax.models.unstack_layers before saving"
+        )
 
 
 def _default_dtype(mesh: Mesh | None) -> np.dtype:

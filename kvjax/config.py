@@ -24,8 +24,9 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context (Hugging Face `rope_scaling` fields).
 
-    kind "default" leaves them alone; "linear" divides by `factor` (Chen et al. 2023); "llama3" stretches low frequencies
-    only (Llama 3.1); "yarn" ramps between both and scales cos and sin by `attention_factor` (Peng et al. 2023, 2309.00071).
+    kind "default" leaves them alone; "linear" divides by `factor` (Chen et al. 2023); "llama3" stretches low
+    frequencies only (Llama 3.1); "yarn" ramps between both and scales cos and sin by `attention_factor` (Peng et al.
+    2023, 2309.00071).
     """
 
     kind: str = "default"
@@ -45,6 +46,10 @@ class RopeScaling:
             raise ConfigError(f"rope scaling factor must be positive, got {self.factor}")
         if self.kind in ("llama3", "yarn") and self.original_max_position_embeddings <= 0:
             raise ConfigError(f"rope scaling {self.kind!r} needs original_max_position_embeddings > 0")
+        if self.kind == "yarn" and not self.beta_fast > self.beta_slow > 0:
+            raise ConfigError(
+                f"yarn rope scaling needs beta_fast > beta_slow > 0, got {self.beta_fast} and {self.beta_slow}"
+            )
         if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor:
             raise ConfigError(
                 f"llama3 rope scaling needs high_freq_factor > low_freq_factor, "
@@ -116,8 +121,8 @@ class ModelConfig:
             raise ConfigError(f"every window must be None or a positive integer, got {self.windows}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
-        if not self.rope_theta > 0 or not math.isfinite(self.rope_theta):
-            raise ConfigError(f"rope_theta must be positive and finite, got {self.rope_theta}")
+        if not self.rope_theta > 1 or not math.isfinite(self.rope_theta):
+            raise ConfigError(f"rope_theta must be finite and greater than 1, got {self.rope_theta}")
 
     @property
     def width(self) -> int:
@@ -132,7 +137,7 @@ class ModelConfig:
 
     @property
     def attention_kind(self) -> str:
-        """"MHA", "GQA" or "MQA"."""
+        """ "MHA", "GQA" or "MQA"."""
         if self.num_kv_heads == self.num_heads:
             return "MHA"
         return "MQA" if self.num_kv_heads == 1 else "GQA"

@@ -1,4 +1,4 @@
-"""Merging partial attention results: split-K, shared prefixes, sinks, pages elsewhere (Dao et al. 2023, Flash-Decoding)."""
+"""Merging partial attention results: split-K, shared prefixes, sinks, pages elsewhere (Dao et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic both reference operations share: masked scores, safe softmax, and what is left when nothing is visible."""
+"""The arithmetic both reference operations share: masked scores and a softmax that may see nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def visible(positions: jax.Array, q_positions: jax.Array, window: jax.Array | int | None) -> jax.Array:
     """positions int32[..., S], q_positions int32[..., T] -> bool[..., T, S].
 
-    A slot is visible iff 0 <= position <= q_position and q_position - position < window. A query at -1 (padding) sees none.
+    A slot is visible iff 0 <= position <= q_position and q_position - position < window. A query at -1 sees none.
     """
     distance = q_positions[..., :, None] - positions[..., None, :]
     mask = (positions[..., None, :] >= 0) & (distance >= 0)
@@ -52,7 +52,7 @@ def heads_grouped(x: jax.Array, kv_heads: int) -> jax.Array:
 def softmax_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float, soft_cap: float | None
 ) -> tuple[jax.Array, jax.Array]:
-    """q [B,T,H,D], k [B,K,S,D], v [B,K,S,Dv], mask bool broadcastable to [B,K,G,T,S] -> out [B,T,H,Dv], lse f32[B,T,H]."""
+    """q [B,T,H,D], k [B,K,S,D], v [B,K,S,Dv], mask bool like [B,K,G,T,S] -> out [B,T,H,Dv], lse f32[B,T,H]."""
     masked = jnp.where(mask, scores(q, k, scale, soft_cap), -jnp.inf)
     lse = log_sum_exp(masked)
     weights = probabilities(masked, lse).astype(v.dtype)
@@ -69,7 +69,7 @@ def column_weights(
     scale: float,
     soft_cap: float | None,
 ) -> jax.Array:
-    """Attention mass each slot receives, summed over its group and over rows by row_weights f32[B, T] -> f32[B, K, S]."""
+    """Attention mass of each slot, summed over its group and over rows by row_weights f32[B, T] -> f32[B, K, S]."""
     masked = jnp.where(mask, scores(q, k, scale, soft_cap), -jnp.inf)
     weights = probabilities(masked, heads_grouped(lse, k.shape[1]))
     return jnp.einsum("bkgts,bt->bks", weights, row_weights.astype(jnp.float32))

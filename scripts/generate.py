@@ -1,7 +1,7 @@
 """Continues prompts from the command line, streaming the text, and tells what the cache cost.
 
-    python scripts/generate.py --demo
-    python scripts/generate.py models/demo --prompt "def main(" --policy streaming_llm:4,252 --codec int8
+python scripts/generate.py --demo
+python scripts/generate.py models/demo --prompt "def main(" --policy streaming_llm:4,252 --codec int8
 """
 
 from __future__ import annotations

@@ -34,6 +34,18 @@ class Arguments:
     weights: Path | None = None
 
 
+def initial_params(config, seed):
+    def adjust(path, leaf):
+        names = [p.key for p in path]
+        if names[0] == "embed":
+            return leaf * 50.0
+        if names[0] == "head":
+            return leaf * 0.3
+        return jnp.zeros_like(leaf) if names[-2] in ("o", "down") else leaf
+
+    return jax.tree_util.tree_map_with_path(adjust, init(config, seed, dtype=jnp.float32).params)
+
+
 def main(args: Arguments) -> None:
     config = ModelConfig.from_toml(args.config)
     table = dict(read_toml(args.config)["train"])
@@ -51,7 +63,7 @@ def main(args: Arguments) -> None:
     )
     logits = forward(config, scan=False)
     train_step = {}
-    state = start(init(config, table["seed"], dtype=jnp.float32).params, optimizer)
+    state = start(initial_params(config, table["seed"]), optimizer)
     file = args.run / "state.npz"
     if file.exists():
         state = load_state(file, state)
@@ -93,11 +105,11 @@ def main(args: Arguments) -> None:
     first = int(state.step)
     total, since = 0.0, 0
     for step in range(first, args.measure or steps):
-        _, rows, length = [p for p in table["phases"] if step >= p[0]][-1]
+        _, rows, length, code_rows, copy_rows = [p for p in table["phases"] if step >= p[0]][-1]
         key = (rows, length)
         if key not in train_step:
             train_step[key] = make_train_step(logits, optimizer, max(1, rows * length // 1024))
-        tokens, weights = mixture.batch(step, rows, length)
+        tokens, weights = dataclasses.replace(mixture, code_rows=code_rows, copy_rows=copy_rows).batch(step, rows, length)
         state, metrics = train_step[key](state, jnp.asarray(tokens), jnp.asarray(weights))
         total += float(metrics["loss"])
         since += 1

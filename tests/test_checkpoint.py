@@ -25,6 +25,7 @@ from kvjax.checkpoint import load, save
 from kvjax.config import ModelConfig, RopeScaling
 from kvjax.errors import CheckpointError, ConfigError
 from kvjax.model import Model
+from kvjax.models import stack_layers
 from tests.convert.directories import stored_bytes, write_directory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,6 +294,17 @@ def test_a_save_that_fails_leaves_what_was_there_and_nothing_else(
         save(kvjax.model.init(model.config, seed=1), out, format)
     assert everything(out) == before
     assert [entry.name for entry in out.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("format", ["orbax", "safetensors"])
+def test_weights_that_are_not_the_configs_are_not_saved(hf: Path, tmp_path: Path, format: str) -> None:
+    model = load(hf)
+    stacked = dataclasses.replace(model, params=stack_layers(model.params))
+    wider = dataclasses.replace(model, config=dataclasses.replace(model.config, intermediate_size=44))
+    for wrong, message in ((stacked, "unstack_layers"), (wider, r"has shape \(40,\s*24\)|promises \(44, 24\)")):
+        with pytest.raises(CheckpointError, match=message):
+            save(wrong, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_formats_are_refused(hf: Path, tmp_path: Path) -> None:

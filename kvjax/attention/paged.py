@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kvjax.attention.partial import attend_among, covered, turned
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.policies.protocol import Read
-from kvjax.cache.state import Cache, Group
+from kvjax.cache.state import Cache, Group, with_victims
 from kvjax.cache.write import layer_rows, place, place_in_page, update_layer_rows, write
 from kvjax.typing import Rotate
 from pallas_kernels import merge, paged_attention, paged_weights
@@ -94,11 +94,7 @@ class PagedAttend:
 
     def end(self, cache: Step) -> Cache:
         """Marks what the next token overwrites."""
-        groups = tuple(
-            dataclasses.replace(group, victim=group.layout.policy.victims(group.row_state, group.position, group.length))
-            for group in cache.cache.groups
-        )
-        return dataclasses.replace(cache.cache, groups=groups)
+        return with_victims(cache.cache)
 
     def _read(
         self, group: Group, index: Any, q: jax.Array, positions: jax.Array, rotate: Rotate, active: jax.Array
@@ -197,5 +193,3 @@ def _by_row(rows: jax.Array) -> jax.Array:
 def _rows(group: Group, length: jax.Array, index: Any) -> tuple[jax.Array, jax.Array]:
     """A layer's block table int32[B, r, N] and lengths int32[B, r]."""
     return _by_row(layer_rows(group, group.table, index)), _by_row(layer_rows(group, length, index))
-
-

@@ -29,7 +29,7 @@ class Attend(Protocol):
         positions: jax.Array,
         rotate: Rotate,
     ) -> tuple[jax.Array, Any]:
-        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], unrotated; layer: int or int32[]. Returns out [B,T,H,Dv] and the carry."""
+        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], unrotated; layer int or int32[] -> out [B,T,H,Dv], the carry."""
         ...
 
     def end(self, cache: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Attention of a whole prompt within one layer, chunk by chunk over scratch keys and values that only this layer needs."""
+"""Attention of a whole prompt within one layer, chunk by chunk over scratch that only this layer needs."""
 
 from __future__ import annotations
 

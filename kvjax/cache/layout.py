@@ -119,7 +119,9 @@ def group_layers(
     chosen = {layer: config for layers, config in cache.overrides for layer in layers}
     beyond = [layer for layer in chosen if layer >= spec.layers]
     if beyond:
-        raise ConfigError(f"CacheConfig.overrides names layer {beyond[0]}, but the model has layers 0..{spec.layers - 1}")
+        raise ConfigError(
+            f"CacheConfig.overrides names layer {beyond[0]}, but the model has layers 0..{spec.layers - 1}"
+        )
     groups: dict[tuple, list[int]] = {}
     for layer in range(spec.layers):
         config = chosen.get(layer, cache)

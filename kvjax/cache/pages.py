@@ -1,7 +1,7 @@
 """Taking, sharing, copying and returning pages: pure, vectorised, the same for every policy and codec.
 
-Page sharing and copy-on-write follow PagedAttention (Kwon et al. 2023, 2309.06180), widened from the last page to any page
-that the next tokens may write.
+Page sharing and copy-on-write follow PagedAttention (Kwon et al. 2023, 2309.06180), widened from the last page to any
+page that the next tokens may write.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Shortage(NamedTuple):
 
 
 class _Wish(NamedTuple):
-    """What a group wants for the next tokens: table entries bool[R, B, N] that need a page, and which to copy into it."""
+    """What a group wants: table entries bool[R, B, N] that need a page, and those whose old page is copied into it."""
 
     needs: jax.Array
     copies: jax.Array
-    count: jax.Array
+    total: jax.Array
 
 
 def reserve(cache: Cache, n: jax.Array) -> tuple[Cache, Shortage]:
@@ -46,7 +46,7 @@ def reserve(cache: Cache, n: jax.Array) -> tuple[Cache, Shortage]:
     original. When the pool of any group is too small, nothing is taken anywhere and the shortage says so.
     """
     wishes = [_wish(group, cache.seen, n) for group in cache.groups]
-    shortage = Shortage(jnp.stack([w.count for w in wishes]), jnp.stack([group.top for group in cache.groups]))
+    shortage = Shortage(jnp.stack([w.total for w in wishes]), jnp.stack([group.top for group in cache.groups]))
     enough = ~shortage.any
     groups = tuple(_grant(group, wish, enough) for group, wish in zip(cache.groups, wishes, strict=True))
     return dataclasses.replace(cache, groups=groups), shortage
@@ -74,7 +74,7 @@ def release(cache: Cache, which: jax.Array) -> Cache:
 
 
 def resize(cache: Cache, pages: tuple[tuple[int, int], ...]) -> Cache:
-    """Widens tables and pools to (pages per row, pages in the pool) per group; nothing shrinks. Copies the pool once."""
+    """Widens tables and pools to (pages per row, pages in the pool) per group; nothing shrinks. Copies pools once."""
     return dataclasses.replace(
         cache, groups=tuple(_resize(group, n, p) for group, (n, p) in zip(cache.groups, pages, strict=True))
     )
@@ -103,7 +103,7 @@ def _grant(group: Group, wish: _Wish, enough: jax.Array) -> Group:
     rank = jnp.cumsum(needs.reshape(-1)).reshape(needs.shape) - 1
     taken = group.free[jnp.clip(group.top - 1 - rank, 0, group.num_pages - 1)]
     table = jnp.where(needs, taken, group.table)
-    top = group.top - jnp.where(enough, wish.count, 0)
+    top = group.top - jnp.where(enough, wish.total, 0)
     out_of_range = group.num_pages
     refs = group.refs.at[jnp.where(copies, group.table, out_of_range)].add(-1, mode="drop")
     refs = refs.at[jnp.where(needs, taken, out_of_range)].set(1, mode="drop")

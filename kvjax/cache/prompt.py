@@ -24,7 +24,7 @@ def keep_prompt(
       k, v: the layer's encoded prompt, leaves [B, T, K, ...].
     """
     policy = group.layout.policy
-    batch, kv_heads, tokens = weights.shape
+    batch, _, tokens = weights.shape
     order = jnp.arange(tokens, dtype=jnp.int32)
     positions = jnp.where(order < lengths[:, None], order, EMPTY)
     view = _rows_of(group, index)

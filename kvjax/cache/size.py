@@ -28,8 +28,8 @@ def size_groups(
 ) -> tuple[tuple[int, int], ...]:
     """(pages per row, pages in the pool) of each group, for `batch` sequences of up to `tokens` tokens.
 
-    A pool whose size nobody fixed holds the whole batch at the bucketed context. With `memory_bytes` the pools share that
-    much memory, each in proportion to what it would need.
+    A pool whose size nobody fixed holds the whole batch at the bucketed context. With `memory_bytes` the pools share
+    that much memory, each in proportion to what it would need.
 
     Raises:
       ConfigError: the memory does not hold one page per row of one sequence.

@@ -86,7 +86,7 @@ class Cache:
         return sum(group.pool_bytes for group in self.groups)
 
     def locate(self, layer: int | jax.Array) -> tuple[int, int | jax.Array]:
-        """A model layer's group and its index within. A traced layer needs one group (a scan over layers has one body)."""
+        """A model layer's group and its index within. A traced layer (of a scan over layers) needs a single group."""
         if not isinstance(layer, int):
             if len(self.groups) != 1:
                 raise ValueError("a scan over layers needs all layers in one cache group; unroll the layers instead")
@@ -136,3 +136,11 @@ def empty_cache(layouts: Sequence[GroupLayout], batch: int, pages: Sequence[tupl
     """A cache that holds nothing. `pages`: (pages per row, pages in the pool) of each group."""
     groups = tuple(empty_group(layout, batch, n, p) for layout, (n, p) in zip(layouts, pages, strict=True))
     return Cache(groups, jnp.zeros(batch, jnp.int32))
+
+
+def with_victims(cache: Cache) -> Cache:
+    """The cache with every row's `victim` renewed from what its policy remembers: what ends a step, or a prompt."""
+    groups = tuple(
+        dataclasses.replace(g, victim=g.layout.policy.victims(g.row_state, g.position, g.length)) for g in cache.groups
+    )
+    return dataclasses.replace(cache, groups=groups)

@@ -53,7 +53,7 @@ def place_in_page(group: Group, index: int | jax.Array) -> jax.Array:
 
 
 def write(group: Group, index: int | jax.Array, slots: jax.Array, k: Encoded, v: Encoded | None) -> Group:
-    """Stores encoded keys and values of the layer at `index`, leaves [B, T, K, ...], in slots int32[r, B, T] of its rows.
+    """Stores the encoded keys and values [B, T, K, ...] of the layer at `index` in slots int32[r, B, T] of its rows.
 
     Tokens with slot -1, or whose page was never reserved, are dropped.
     """

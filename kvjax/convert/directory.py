@@ -59,7 +59,7 @@ def replaced(path: Path) -> Iterator[Path]:
             os.rename(path, old)
         try:
             os.rename(partial, path)
-        except OSError:
+        except BaseException:
             if old.exists():
                 os.rename(old, path)
             raise

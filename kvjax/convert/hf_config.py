@@ -6,11 +6,14 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
+
 from kvjax.config import ModelConfig
 from kvjax.convert.families import Family, family_of
 from kvjax.convert.hf_fields import Fields
 from kvjax.convert.hf_rope import read_rope, write_rope
 from kvjax.errors import CheckpointError, ConfigError
+from kvjax.models.rotary import inverse_frequencies
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -30,8 +33,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, 1.0),
     "logits_scaling": (1, 1.0),
     "logit_scale": (1, 1.0),
+    "rope_interleaved": (False,),
 }
 """Fields that would change what the model computes, and the values (beside null) under which they do not."""
+
+MAX_LAYERS = 10_000
 
 PRIVATE = "_kvjax"
 """Key of `ModelConfig.extra` for what kvjax itself must remember; never written to a `config.json`."""
@@ -84,13 +90,14 @@ def read_config(document: dict[str, Any], source: str) -> ModelConfig:
         if value is not None and value not in harmless:
             allowed = " or ".join(json.dumps(v) for v in harmless) or "null"
             raise fields.wrong(name, f"{allowed} (kvjax does nothing else)")
-    layers, heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
+    # A damaged number of layers would otherwise be found only after describing each of them.
+    layers, heads = fields.integer("num_hidden_layers", most=MAX_LAYERS), fields.integer("num_attention_heads")
     context = fields.integer("max_position_embeddings", family.max_position_embeddings)
     biased = fields.flag("attention_bias") if family.biases == "config" else False
     extra = {name: value for name, value in document.items() if name not in _REWRITTEN}
     try:
         theta, scaling = read_rope(document, context, source)
-        return ModelConfig(
+        config = ModelConfig(
             family=family.model_type,
             vocab_size=fields.integer("vocab_size"),
             hidden_size=fields.integer("hidden_size"),
@@ -116,6 +123,8 @@ def read_config(document: dict[str, Any], source: str) -> ModelConfig:
         )
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
+    _check_rope(config, source)
+    return config
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -180,6 +189,21 @@ def _check_architecture(family: Family, fields: Fields) -> None:
         not isinstance(names, list) or [str(n).lower() for n in names] != [family.architecture.lower()]
     ):
         raise fields.wrong("architectures", f"[{family.architecture!r}] for model_type {family.model_type!r}")
+
+
+def _check_rope(config: ModelConfig, source: str) -> None:
+    """Numbers that are each allowed can still make rotary frequencies that are none."""
+    try:
+        with np.errstate(all="ignore"):
+            frequencies, _ = inverse_frequencies(config.width, config.rope_theta, config.rope_scaling)
+        finite = bool(np.isfinite(frequencies).all())
+    except (ArithmeticError, ValueError):
+        finite = False
+    if not finite:
+        raise CheckpointError(
+            f"{source}: rope_theta {config.rope_theta} with {config.rope_scaling} gives no finite rotary frequencies; "
+            "correct the rope fields"
+        )
 
 
 def _kv_heads(family: Family, fields: Fields, heads: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def parse_json(content: bytes, source: str) -> dict[str, Any]:
     """Likewise for content that has been read from `source`."""
     try:
         value = json.loads(content.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is not valid JSON: {error}; copy or download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{source} must hold a JSON object, got {type(value).__name__}")
@@ -39,11 +39,11 @@ class Fields:
     table: dict[str, Any]
     source: str
 
-    def integer(self, name: str, default: Any = REQUIRED, least: int = 1) -> Any:
-        """An integer of at least `least`."""
+    def integer(self, name: str, default: Any = REQUIRED, least: int = 1, most: int = 2**31 - 1) -> Any:
+        """An integer from `least` to `most`."""
         value = self._get(name, default)
-        if value is not default and (type(value) is not int or value < least):
-            raise self.wrong(name, f"an integer of at least {least}")
+        if value is not default and (type(value) is not int or not least <= value <= most):
+            raise self.wrong(name, f"an integer from {least} to {most}")
         return value
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
@@ -51,7 +51,7 @@ class Fields:
         value = self._get(name, default)
         if value is default:
             return value
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.wrong(name, "a finite positive number")
         return float(value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def load_orbax(
     target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype, sharding=where), expected, placed)
     # Orbax and TensorStore raise whatever the layer that met the damage raises.
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(restore_concurrent_gb=_concurrent_gb(expected)) as checkpointer:
             _check_tree(folder, checkpointer.metadata(folder).item_metadata.tree, expected)
             params = checkpointer.restore(folder, target)
     except CheckpointError:
@@ -72,6 +73,12 @@ def load_orbax(
                 f"{folder}: {name} holds NaN or infinite values as {dtype.name}; the weights are damaged"
             )
     return config, params
+
+
+def _concurrent_gb(shapes: Params) -> int:
+    """How much orbax may read at once: little, so that few host copies exist, but no less than the largest tensor."""
+    largest = max(leaf.size for leaf in jax.tree.leaves(shapes)) * 4
+    return 1 + math.ceil(largest / 1e9)
 
 
 @jax.jit

@@ -97,7 +97,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         try:
             header = json.loads(file.read(length).decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: its safetensors header is not valid JSON ({error}); {_CORRUPT}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is not a table of tensors; {_CORRUPT}")

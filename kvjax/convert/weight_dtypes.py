@@ -12,7 +12,11 @@ from kvjax.errors import ConfigError
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 # All exponent bits set: infinity or NaN.
-_EXPONENT = {"float32": np.uint32(0x7F800000), "bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+_EXPONENT: dict[str, np.unsignedinteger[Any]] = {
+    "float32": np.uint32(0x7F800000),
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+}
 
 
 def weight_dtype(dtype: Any) -> np.dtype:

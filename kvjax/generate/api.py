@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from kvjax.cache.config import CacheConfig
 from kvjax.config import Sampling
 from kvjax.errors import RequestError
@@ -82,7 +84,7 @@ def generate(
         backend=backend,
     )
     state = multiply(state, sampling.n)
-    state.last.block_until_ready()
+    jax.block_until_ready(state.last)
     run = running.begin(
         model,
         state,
@@ -91,7 +93,7 @@ def generate(
         prefill_seconds=time.perf_counter() - begun,
         compiles_before=compiles,
     )
-    for run in running.blocks(run, max_new_tokens, sampling, seeds, requests, logit_processors, backend=backend):
+    for _ in running.blocks(run, max_new_tokens, sampling, seeds, requests, logit_processors, backend=backend):
         pass
     return run.output()
 
@@ -114,8 +116,8 @@ def stream(
     Args:
       block_steps: tokens generated between two looks of the host; fewer give smoother text, more give speed.
 
-    The other arguments and errors are those of `generate`; sampling.n and sampling.beams must be 1. Requests are checked
-    at once, generation begins with the first `next`.
+    The other arguments and errors are those of `generate`; sampling.n and sampling.beams must be 1. Requests are
+    checked at once, generation begins with the first `next`.
     """
     if sampling.n > 1 or sampling.beams > 1:
         raise RequestError(f"stream gives one text; set n=1 and beams=1, got n={sampling.n}, beams={sampling.beams}")
@@ -127,7 +129,7 @@ def stream(
     def runs() -> Iterator[running.Run]:
         begun, compiles = time.perf_counter(), compiled_programs()
         state = start(model, [request], cache, room=max_new_tokens, chunk=prefill_chunk, backend=backend)
-        state.last.block_until_ready()
+        jax.block_until_ready(state.last)
         run = running.begin(
             model,
             state,
@@ -239,7 +241,7 @@ def extend(
     )
     # A stop string ends a text in the middle of a block: one step at a time leaves nothing behind it in the cache.
     steps = 1 if sampling.stop else running.BLOCK_STEPS
-    for run in running.blocks(
+    for _ in running.blocks(
         run, max_new_tokens, sampling, seeds, history, logit_processors, steps=steps, backend=backend
     ):
         pass

@@ -162,7 +162,7 @@ def beam_search(
     )
     parents = np.where(np.arange(padded) < len(prompts), np.arange(padded), -1)
     held, last = repeat(state, np.repeat(parents, width))
-    last.block_until_ready()
+    jax.block_until_ready(last)
     prefill_seconds = time.perf_counter() - begun
 
     begun = time.perf_counter()
@@ -177,8 +177,11 @@ def beam_search(
     )
     rows = padded * width
     numbered = make_state(
-        _one_each(sampling), [0] * len(prompts) * width, [p for p in prompts for _ in range(width)],
-        model.config.vocab_size, rows,
+        _one_each(sampling),
+        [0] * len(prompts) * width,
+        [p for p in prompts for _ in range(width)],
+        model.config.vocab_size,
+        rows,
     )
     presence, penalty = numbered.presence, np.full(rows, sampling.repetition_penalty, np.float32)
     beams = _init(padded, width, power_of_two(max(max_new_tokens, BLOCK_STEPS)), len(prompts))
@@ -229,14 +232,12 @@ def _output(
             logprobs.append(best.logprobs[prompt, place, :length].tolist())
             stopped = bool(text) and text[-1] in ends
             reasons.append("stop" if stopped else "out_of_pages" if cut else "length")
-    check_finite([np.where(np.isnan(s), np.nan, 0.0)[None] for s in best.scores[:prompts].reshape(-1)])
+    check_finite(np.where(np.isnan(best.scores[:prompts]), np.nan, 0.0).reshape(-1, 1))
     texts = None
     if model.tokenizer is not None:
         bare = [t[:-1] if r == "stop" else t for t, r in zip(tokens, reasons, strict=True)]
         texts = [model.tokenizer.decode(t) for t in bare]
-    return output_of(
-        cache, tokens, texts, logprobs, reasons, prefill_seconds, time.perf_counter() - begun, compiles
-    )
+    return output_of(cache, tokens, texts, logprobs, reasons, prefill_seconds, time.perf_counter() - begun, compiles)
 
 
 def _one_each(sampling: Sampling) -> Sampling:

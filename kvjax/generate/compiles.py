@@ -11,7 +11,7 @@ _seen = itertools.count()
 _last = 0
 
 
-def _listen(event: str, duration: float, **details: object) -> None:
+def _listen(event: str, duration_secs: float, **details: str | int) -> None:
     global _last
     if event == _EVENT:
         _last = next(_seen) + 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.attention.paged import PagedAttend
+from kvjax.cache.codecs import Encoded
 from kvjax.cache.pages import Shortage, reserve, take
 from kvjax.cache.state import Cache
 from kvjax.config import ModelConfig
@@ -22,7 +23,9 @@ NO_TOKEN = -1
 """Marks, in what a block returns, that a sequence produced nothing at that step."""
 
 
-class Loop(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loop:
     """What is carried between steps beside the cache.
 
     Attributes:
@@ -31,15 +34,15 @@ class Loop(NamedTuple):
       sampling: numbers of the draw.
     """
 
-    token: jax.Array
-    done: jax.Array
-    count: jax.Array
-    limit: jax.Array
+    token: Any
+    done: Any
+    count: Any
+    limit: Any
     sampling: SamplingState
 
 
 class Block(NamedTuple):
-    """What one block gives back: int32[steps, B] tokens (-1: none), float32[steps, B] log-probabilities, the shortage."""
+    """What a block gives back: tokens int32[steps, B] (-1: none), their float32[steps, B] log-probabilities."""
 
     tokens: jax.Array
     logprobs: jax.Array
@@ -89,7 +92,7 @@ def decode_block(
     Returns:
       The cache and loop, consumed and renewed, and the block. On a shortage nothing was generated and nothing changed.
     """
-    loop = loop._replace(done=loop.done | halt)
+    loop = dataclasses.replace(loop, done=loop.done | halt)
     wanted = jnp.minimum(loop.limit - loop.count, allowed)
     cache, shortage = reserve(cache, jnp.where(loop.done, 0, jnp.maximum(wanted, 0)))
     allowed = jnp.where(shortage.any, 0, allowed)
@@ -128,7 +131,8 @@ def forced_block(
 
 def take_sequences(cache: Cache, parents: np.ndarray | jax.Array) -> Cache:
     """`take`, compiled. The pools stay where they are: only tables and counts pass through the device program."""
-    bare = dataclasses.replace(cache, groups=tuple(dataclasses.replace(g, k=(), v=None) for g in cache.groups))
+    nothing = Encoded(None)
+    bare = dataclasses.replace(cache, groups=tuple(dataclasses.replace(g, k=nothing, v=None) for g in cache.groups))
     taken = _take_compiled(bare, parents)
     groups = tuple(
         dataclasses.replace(new, k=old.k, v=old.v) for new, old in zip(taken.groups, cache.groups, strict=True)
@@ -149,7 +153,7 @@ def _advance(
 ) -> tuple[Loop, jax.Array, jax.Array]:
     """Draws for the active sequences. Returns the loop, tokens [1, B] and log-probabilities [1, B]."""
     context = ProcessorContext(loop.count, position, loop.token)
-    drawn, logprob, sampling = draw(logits, loop.sampling, context, kind)
+    drawn, logprob, sampling = draw(logits, loop.sampling, context, kind, active)
     token = jnp.where(active, drawn, loop.token)
     stopped = jnp.any(drawn[:, None] == stop_tokens, axis=1)
     loop = Loop(

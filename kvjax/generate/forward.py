@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.attention.paged import PagedAttend
+from kvjax.attention.protocol import Attend
 from kvjax.cache.state import Cache
 from kvjax.config import ModelConfig
 from kvjax.models import Decoder
 from kvjax.typing import Params
 
 
+def apply(
+    config: ModelConfig, attend: Attend | None, params: Params, *arguments: Any, method: str | None = None
+) -> Any:
+    """The decoder, or one of its methods, on per-layer parameters."""
+    return Decoder(config, attend).apply({"params": params}, *arguments, method=method)
+
+
 def forward_token(
     params: Params, cache: Cache, token: jax.Array, active: jax.Array, *, config: ModelConfig, attend: PagedAttend
 ) -> tuple[jax.Array, Cache]:
-    """token int32[B] where active bool[B] -> hidden [B, hidden] and the cache with it; other sequences stay as they are."""
+    """token int32[B] where active bool[B] -> hidden [B, hidden] and the cache with it; others stay as they are."""
     positions = jnp.where(active, cache.seen, -1)[:, None]
-    hidden, cache = Decoder(config, attend).apply({"params": params}, token[:, None], positions, cache)
+    hidden, cache = apply(config, attend, params, token[:, None], positions, cache)
     return hidden[:, 0], cache
 
 
 def logits_of(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     """[..., hidden] -> float32[..., V]."""
-    return Decoder(config, None).apply({"params": params}, hidden, method="logits")
+    logits: jax.Array = apply(config, None, params, hidden, method="logits")
+    return logits
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -1,8 +1,8 @@
 """Prompts into the cache, in chunks of one fixed size, so that no prompt length compiles anything new.
 
 Chunk-major: all layers for one chunk, then the next; for policies that append or slide. Layer-major: the whole prompt
-through one layer, then the next; for policies that select from the prompt by its attention. Its peak memory is one layer's
-keys and values, never the whole cache's.
+through one layer, then the next; for policies that select from the prompt by its attention. Its peak memory is one
+layer's keys and values, never the whole cache's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kvjax.attention.paged import PagedAttend
 from kvjax.attention.scratch import ScratchAttend, empty_scratch
 from kvjax.cache.pages import Shortage, reserve
 from kvjax.cache.prompt import keep_prompt
-from kvjax.cache.state import Cache
+from kvjax.cache.state import Cache, with_victims
 from kvjax.config import ModelConfig
-from kvjax.generate.forward import forward_token
+from kvjax.generate.forward import apply, forward_token
 from kvjax.model import Model
-from kvjax.models import Decoder, Layer
+from kvjax.models import Layer
 from kvjax.typing import Params
 
 CPU_CHUNK, ACCELERATOR_CHUNK = 64, 256
@@ -57,7 +57,7 @@ def prefill_chunk(
     """
     order = jnp.arange(tokens.shape[1])
     positions = jnp.where(order < count[:, None], cache.seen[:, None] + order, -1)
-    hidden, cache = Decoder(config, attend).apply({"params": params}, tokens, positions, cache)
+    hidden, cache = apply(config, attend, params, tokens, positions, cache)
     return cache, _last_of(hidden, count, last), hidden
 
 
@@ -87,10 +87,13 @@ def feed_tokens(
 @functools.partial(jax.jit, static_argnames="config")
 def embed(params: Params, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
     """int32[B, T] -> [B, T, hidden]."""
-    return Decoder(config, None).apply({"params": params}, tokens, method="embed_tokens")
+    embedded: jax.Array = apply(config, None, params, tokens, method="embed_tokens")
+    return embedded
 
 
-@functools.partial(jax.jit, static_argnames=("config", "group", "chunk", "backend"), donate_argnames=("cache", "hidden"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "group", "chunk", "backend"), donate_argnames=("cache", "hidden")
+)
 def prefill_layer(
     params: Params,
     cache: Cache,
@@ -105,8 +108,8 @@ def prefill_layer(
 ) -> tuple[Cache, jax.Array]:
     """A whole prompt hidden [B, T, hidden] through one layer, and of its keys and values what the policy keeps.
 
-    `params` is the layer's own subtree; `index` int32[], its place in cache group `group`, is traced, so that all layers
-    of a group share one compilation. T is a multiple of `chunk`.
+    `params` is the layer's own subtree; `index` int32[], its place in cache group `group`, is traced, so that all
+    layers of a group share one compilation. T is a multiple of `chunk`.
     """
     held = cache.groups[group]
     module = Layer(config, ScratchAttend(held.layout, backend))
@@ -134,12 +137,10 @@ def finish_prompt(
     params: Params, cache: Cache, hidden: jax.Array, lengths: jax.Array, *, config: ModelConfig
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """After the last layer: what was seen, the last hidden states [B, hidden], and all of them."""
-    groups = tuple(
-        dataclasses.replace(g, victim=g.layout.policy.victims(g.row_state, g.position, g.length)) for g in cache.groups
-    )
-    hidden = Decoder(config, None).apply({"params": params}, hidden, method="finish")
+    hidden = apply(config, None, params, hidden, method="finish")
     last = hidden[jnp.arange(hidden.shape[0]), jnp.maximum(lengths - 1, 0)]
-    return Cache(groups, cache.seen + lengths), last, hidden
+    cache = dataclasses.replace(with_victims(cache), seen=cache.seen + lengths)
+    return cache, last, hidden
 
 
 def by_layer(cache: Cache) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,14 +13,13 @@ import numpy as np
 from kvjax.attention.paged import PagedAttend
 from kvjax.cache.state import Cache
 from kvjax.config import Sampling
-from kvjax.errors import OutOfPages
 from kvjax.generate.compiles import compiled_programs
 from kvjax.generate.decode import NO_TOKEN, Loop, decode_block, first_token
 from kvjax.generate.output import GenerateOutput, Stats
 from kvjax.generate.requests import stop_token_ids
 from kvjax.generate.sampling import LogitsProcessor, check_finite, kind_of, make_state
 from kvjax.generate.state import State, make_room, out_of_pages
-from kvjax.generate.stopping import StopStrings, TextStream
+from kvjax.generate.stopping import StopStrings, TextStream, truncate_tokens
 from kvjax.model import Model
 
 BLOCK_STEPS = 16
@@ -29,7 +29,7 @@ BLOCK_STEPS = 16
 class Transcript:
     """What one sequence has produced so far, and whether and why it has ended."""
 
-    def __init__(self, stop: tuple[str, ...], tokenizer: object, stop_tokens: frozenset[int], limit: int):
+    def __init__(self, stop: tuple[str, ...], tokenizer: Any, stop_tokens: frozenset[int], limit: int):
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.reason: str | None = None
@@ -38,6 +38,7 @@ class Transcript:
         self._stop_tokens = stop_tokens
         self._limit = limit
         self._text = TextStream(tokenizer) if tokenizer is not None else None
+        self._tokenizer, self._strings = tokenizer, stop
         self._stop = StopStrings(stop)
 
     def add(self, token: int, logprob: float) -> None:
@@ -50,7 +51,7 @@ class Transcript:
         if self._text is not None:
             self._emit(self._stop.push(self._text.push([token])))
             if self._stop.found is not None:
-                self.reason = "stop"
+                self._cut()
                 return
         if len(self.tokens) >= self._limit:
             self._finish("length")
@@ -66,6 +67,12 @@ class Transcript:
         self._given = len(self.pieces)
         return text
 
+    def _cut(self) -> None:
+        """Ends at the token that completed a stop string: its text may have become certain only some tokens later."""
+        self.reason = "stop"
+        count = len(truncate_tokens(self.tokens, self._tokenizer, self._strings).tokens)
+        del self.tokens[count:], self.logprobs[count:]
+
     def _emit(self, text: str) -> None:
         if text:
             self.pieces.append(text)
@@ -75,14 +82,14 @@ class Transcript:
         if self._text is not None:
             self._emit(self._stop.push(self._text.finish()))
             if self._stop.found is not None:
-                self.reason = "stop"
+                self._cut()
             else:
                 self._emit(self._stop.finish())
 
 
 @dataclasses.dataclass
 class Run:
-    """One call's decoding, as it goes on. Iterating over `blocks` advances it; `state` and `output` may be taken after."""
+    """One call's decoding, as it goes on: iterating over `blocks` advances it."""
 
     model: Model
     state: State
@@ -198,9 +205,7 @@ def blocks(
                 if token != NO_TOKEN and transcript.reason is None:
                     transcript.add(int(token), float(logprob))
             halt[index] = transcript.reason is not None
-        history = (
-            (*held, *transcript.tokens) for held, transcript in zip(state.tokens, run.transcripts, strict=True)
-        )
+        history = ((*held, *transcript.tokens) for held, transcript in zip(state.tokens, run.transcripts, strict=True))
         # Unless it has just been drawn from a prompt and generation goes on, the newest token is pending.
         run.state = State(cache, state.config, tuple(history), None, 1)
         run.decode_seconds = time.perf_counter() - begun

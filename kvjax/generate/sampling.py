@@ -173,7 +173,11 @@ def _sample_keys(seeds: jax.Array, samples: jax.Array) -> jax.Array:
 
 
 def draw(
-    logits: jax.Array, state: SamplingState, context: ProcessorContext, kind: SamplingKind
+    logits: jax.Array,
+    state: SamplingState,
+    context: ProcessorContext,
+    kind: SamplingKind,
+    active: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, SamplingState]:
     """Draws one token per sequence.
 
@@ -182,13 +186,14 @@ def draw(
       state: see `SamplingState`.
       context: see `ProcessorContext`; `context.step` also picks each sequence's noise.
       kind: static; must cover what the state's values ask for (a row with temperature 0 is greedy under any kind).
+      active: bool[B], sequences that will take their token; None: all. The others' state does not change.
 
     Returns:
       token: int32[B]; among equal logits the likeliest is the lowest id.
       logprob: float32[B], log-softmax at the token of the logits as given, before penalty, processors and temperature.
         NaN, with token 0, where no token can be drawn: the logits, as given or as processed, hold NaN or +inf or are
         all -inf. Nothing can be raised on the device; the host calls `check_finite`.
-      state: with the token marked as present.
+      state: with the token marked as present where it is taken.
     """
     raw = jnp.asarray(logits, jnp.float32)
     adjusted = raw
@@ -213,7 +218,8 @@ def draw(
     chosen = jnp.take_along_axis(raw, token[:, None], axis=-1)[:, 0]
     logprob = jnp.where(usable, chosen - jax.nn.logsumexp(raw, axis=-1), jnp.nan)
     if state.presence is not None:
-        state = state._replace(presence=state.presence.at[jnp.arange(token.shape[0]), token].set(True))
+        taken = jnp.ones_like(usable) if active is None else active
+        state = state._replace(presence=state.presence.at[jnp.arange(token.shape[0]), token].max(taken))
     return token, logprob, state
 
 

@@ -16,12 +16,11 @@ from kvjax.cache.size import context_bucket, power_of_two, size_groups
 from kvjax.config import ModelConfig
 from kvjax.errors import RequestError
 from kvjax.generate.decode import forced_block
-from kvjax.generate.forward import head, logits_of
+from kvjax.generate.forward import apply, head, logits_of
 from kvjax.generate.prefill import reserve_pages, run_prompts
 from kvjax.generate.run import BLOCK_STEPS
-from kvjax.generate.state import make_cache, layouts_of, out_of_pages
+from kvjax.generate.state import layouts_of, make_cache, out_of_pages
 from kvjax.model import Model
-from kvjax.models import Decoder
 from kvjax.typing import Params
 
 
@@ -29,8 +28,7 @@ from kvjax.typing import Params
 def forward(params: Params, tokens: jax.Array, *, config: ModelConfig, backend: str | None = None) -> jax.Array:
     """The training path, without a cache: int32[B, T] -> logits float32[B, T, V]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    module = Decoder(config, DenseAttend(config.windows, backend))
-    hidden, _ = module.apply({"params": params}, tokens, positions, None)
+    hidden, _ = apply(config, DenseAttend(config.windows, backend), params, tokens, positions, None)
     return logits_of(params, hidden, config)
 
 

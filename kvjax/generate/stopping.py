@@ -26,10 +26,10 @@ Tokens of single bytes may need twice this for `CONTEXT_CHARACTERS`.
 """
 
 CONTEXT_CHARACTERS = 4
-"""A window must begin this many characters before the text still to come.
+"""A window must begin at least this many characters before the text still to come.
 
 An unfinished character has at most 3 bytes, and each is decoded as at most one character: with 4, the window begins
-before it, and before whatever a tokenizer does to a text's first character.
+before it. And so what a tokenizer does to the beginning of a text happens to characters that were given out already.
 """
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -83,7 +83,7 @@ class TextStream:
         piece = text[self._emitted : settled]
         self._emitted = settled
         if len(self._window) >= self._limit and not self._byte_run:
-            self._shorten(text)
+            self._shorten()
         return piece
 
     def finish(self) -> str:
@@ -92,14 +92,12 @@ class TextStream:
         self._reset()
         return piece
 
-    def _shorten(self, text: str) -> None:
-        """Forgets tokens that can no longer matter, where decoding without them gives the same end of the text."""
-        pending = text[self._emitted :]
+    def _shorten(self) -> None:
+        """Forgets the tokens that can no longer matter, if what remains has enough text for context."""
         size = WINDOW
         while 2 * size <= len(self._window):
-            short = self._tokenizer.decode(self._window[-size:])
-            context = len(short) - len(pending)
-            if context >= CONTEXT_CHARACTERS and short.endswith(pending):
+            context = len(self._tokenizer.decode(self._window[-size:])) - self._unfinished
+            if context >= CONTEXT_CHARACTERS:
                 self._window, self._emitted, self._limit = self._window[-size:], context, 2 * size
                 return
             size *= 2

@@ -24,7 +24,7 @@ def warmup(
     prefill_chunk: int | None = None,
     backend: str | None = None,
 ) -> int:
-    """Compiles everything `generate` needs for up to `batch` prompts of up to `context` tokens, prompt and new together.
+    """Compiles what `generate` needs for up to `batch` prompts of up to `context` tokens, prompt and new together.
 
     Tables and batches have power-of-two sizes, so this is one compilation per size of either; afterwards no mix of
     prompt lengths within these bounds compiles anything.

@@ -1,4 +1,4 @@
-"""Linen models. The only package that imports flax; it knows nothing of caches: attention calls an injected `attend`."""
+"""Linen models: the only package that imports flax. It knows nothing of caches: attention calls a given `attend`."""
 
 from kvjax.models.transformer import Decoder, Layer, stack_layers, unstack_layers
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, 2104.09864), Hugging Face pairing: channel i turns with channel i + D/2."""
+"""Rotary position embedding (Su et al. 2021, 2104.09864), Hugging Face pairing: channel i turns with i + D/2."""
 
 from __future__ import annotations
 

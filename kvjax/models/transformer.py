@@ -1,8 +1,8 @@
 """The decoder: one module definition for training, prefill and decoding.
 
 Parameters come in two layouts of the same numbers. Per layer (`layers_0`, `layers_1`, ...): what checkpoints hold and
-what decoding wants, since a scan would copy each layer's weights out of the stack at every step. Stacked (`layers`, each
-array with a leading axis L): what training wants, since a scan over layers compiles once. `stack_layers` and
+what decoding wants, since a scan would copy each layer's weights out of the stack at every step. Stacked (`layers`,
+each array with a leading axis L): what training wants, since a scan over layers compiles once. `stack_layers` and
 `unstack_layers` convert.
 """
 
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=c.num_layers,
             )
-            self.layers = scanned(c, self.attend)
+            self.layers: Any = scanned(c, self.attend)
         else:
             self.layers = [Layer(c, self.attend) for _ in range(c.num_layers)]
         self.norm = RMSNorm(c.norm_eps)

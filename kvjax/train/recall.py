@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvjax.train.data import random_lines
+from kvjax.train.data import random_lines, random_window
 
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8).astype(np.int32)
 DIGITS = np.frombuffer(b"0123456789", np.uint8).astype(np.int32)
@@ -30,6 +30,13 @@ class Row:
     def cut(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The first `length` tokens int32[length] and weights float32[length]."""
         return np.concatenate(self._tokens)[:length], np.concatenate(self._weights)[:length]
+
+
+def random_code(code: np.ndarray, length: int, rng: np.random.Generator, end_token: int) -> np.ndarray:
+    """Exactly `length` tokens of code from a random place, ends of files left out."""
+    window = random_window(code, min(length + 64, len(code)), rng)
+    window = window[window != end_token]
+    return np.resize(window, length)
 
 
 def random_pairs(count: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -58,7 +65,7 @@ def dense_recall(
       tokens int32[length]; weights float32[length]: `weight` on the values of repeats, 1 on code, 0 on what is random.
     """
     row = Row()
-    pairs = random_pairs(int(rng.integers(2, 4 + length // 32)), rng)
+    pairs = random_pairs(int(rng.integers(2, 4 + length // 64)), rng)
     filler = int(rng.integers(0, filler + 1))
     introduced = 0
     while row.length < length:

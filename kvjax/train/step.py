@@ -64,7 +64,7 @@ def muon(
 
     def matrices(params: Params) -> Any:
         numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        return jax.tree_util.tree_map_with_path(lambda path, _: numbers if path[-1].key == "kernel" else None, params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: numbers if path[-1].key == "kernel" and path[0].key != "head" else None, params)
 
     return optax.chain(
         optax.clip_by_global_norm(clip),

@@ -14,7 +14,7 @@ def unsupported(**call: object) -> str | None:
 
 
 def gather(pool: jax.Array, table: jax.Array, layer: jax.Array) -> jax.Array:
-    """pool [P, layers, heads, page, *], table int32[B, K or 1, N] -> [B, K, N * page, *], one layer's slots in table order."""
+    """pool [P, layers, heads, page, *], table int32[B, K or 1, N] -> one layer's slots [B, K, N * page, *]."""
     number = jnp.maximum(table, 0)
     if table.shape[1] == 1:
         pages = jnp.moveaxis(pool[number[:, 0], layer[0]], 1, 2)  # [B, heads, N, page, *]

@@ -295,6 +295,16 @@ def test_the_penalty_sees_generated_tokens_too_inside_a_scan():
     np.testing.assert_array_equal(np.asarray(tokens).T, [[0, 1, 2, 0], [1, 2, 0, 0]])
 
 
+def test_a_token_that_is_not_taken_is_not_present():
+    logits = np.tile(np.asarray([3.0, 2.5, 2.0, -1.0], np.float32), (2, 1))
+    sampling = Sampling(repetition_penalty=2.0)
+    state = make_state(sampling, [0, 0], [[3], [0]], 4, 2)
+    active = jnp.asarray([True, False])
+    token, _, after = draw(logits, state, context(2), kind_of(sampling), active)
+    np.testing.assert_array_equal(token, [0, 1])
+    np.testing.assert_array_equal(after.presence, [[True, False, False, True], [True, False, False, False]])
+
+
 def test_other_values_never_compile_again():
     traces = []
 

@@ -8,13 +8,13 @@ import jax
 
 
 class Encoded(NamedTuple):
-    """Vectors as stored, a pytree whose leaves share their leading axes with the vectors: [..., D] and [...] or [..., groups].
+    """Vectors as stored: a pytree of [..., D] values with [...] or [..., groups] scales and minima.
 
     The same type holds one call's tokens and a whole pool ([P, layers_per_page, heads_per_page, page_size, ...]), so
     writing is one scatter per leaf and the kernels take `values`, `scale` and `minimum` as they are.
     """
 
-    values: jax.Array
+    values: Any
     scale: jax.Array | None = None
     minimum: jax.Array | None = None
 

@@ -28,9 +28,7 @@ class Full:
         """Behind what is held."""
         return appended(length, seen, positions)
 
-    def touches(
-        self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int
-    ) -> jax.Array:
+    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
         """The open page and new ones."""
         return overlaps(length, length + n, starts, page_size)
 

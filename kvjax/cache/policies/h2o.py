@@ -58,9 +58,7 @@ class H2O:
         behind = appended(length, seen, positions)
         return jnp.where((victim[..., None] >= 0) & (behind >= 0), victim[..., None], behind)
 
-    def touches(
-        self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int
-    ) -> jax.Array:
+    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
         """Any page once slots are reused, before that the open one and new ones."""
         return touches_any(length, n, self.budget + 1, starts, page_size)
 

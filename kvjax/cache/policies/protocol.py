@@ -75,10 +75,8 @@ class Policy(Protocol):
         """
         ...
 
-    def touches(
-        self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int
-    ) -> jax.Array:
-        """Which pages the next n int32[B] tokens may write: bool[R, B, N]; page j covers slots from starts[j] int32[N]."""
+    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
+        """Which pages the next n int32[B] tokens may write: bool[R, B, N]; page j begins at slot starts[j]."""
         ...
 
     def reads(self, window: int | None) -> tuple[Read, ...]:
@@ -94,7 +92,7 @@ class Policy(Protocol):
         ...
 
     def observe(self, state: RowState, weights: jax.Array, active: jax.Array) -> RowState:
-        """Takes in one step's weights float32[K, B, S] (summed over each group) for the rows of one layer [K or 1, B, S].
+        """Takes in one step's weights float32[K, B, S], summed over each group, for one layer's rows [K or 1, B, S].
 
         active bool[B]: sequences that had a token this step. Also called once with the prompt's summed weights.
         """

@@ -48,9 +48,7 @@ class StreamingLLM:
         slot = jnp.where(positions >= 0, slot, EMPTY)
         return jnp.broadcast_to(slot, (length.shape[0], *slot.shape))
 
-    def touches(
-        self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int
-    ) -> jax.Array:
+    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
         """The pages of the next sinks and of the next places round the ring."""
         end = seen + n
         sinks = overlaps(seen, jnp.minimum(end, self.sinks), starts, page_size)
