@@ -17,7 +17,7 @@ from kvjax.model import init
 from kvjax.train.checkpoint import load_state, save_state
 from kvjax.train.data import library_files, read_bytes, split_files
 from kvjax.train.loss import token_losses
-from kvjax.train.mixture import Mixture
+from kvjax.train.mixture import Mixture, Phase
 from kvjax.train.recall import copy_sequence, dense_recall, needle_recall
 from kvjax.train.step import TrainState, forward, make_train_step, muon, schedule, start
 
@@ -54,7 +54,7 @@ def main(args: Arguments) -> None:
     code, held = read_bytes(train_files, END), read_bytes(held_files, END)
     print(len(train_files), len(held_files), len(code), len(held), flush=True)
     mixture = Mixture(
-        code, END, table["code_rows"], table["copy_rows"], table["filler_from"], table["filler_until"],
+        code, END, tuple(Phase(*p) for p in table["phases"]), table["filler_from"], table["filler_until"],
         table["filler"], table["seed"],
     )
     optimizer = muon(
@@ -105,11 +105,12 @@ def main(args: Arguments) -> None:
     first = int(state.step)
     total, since = 0.0, 0
     for step in range(first, args.measure or steps):
-        _, rows, length, code_rows, copy_rows = [p for p in table["phases"] if step >= p[0]][-1]
+        phase = mixture.phase(step)
+        rows, length = phase.rows, phase.length
         key = (rows, length)
         if key not in train_step:
             train_step[key] = make_train_step(logits, optimizer, max(1, rows * length // 1024))
-        tokens, weights = dataclasses.replace(mixture, code_rows=code_rows, copy_rows=copy_rows).batch(step, rows, length)
+        tokens, weights = mixture.batch(step)
         state, metrics = train_step[key](state, jnp.asarray(tokens), jnp.asarray(weights))
         total += float(metrics["loss"])
         since += 1

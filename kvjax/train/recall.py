@@ -104,11 +104,15 @@ def needle_recall(
 def copy_sequence(
     length: int, code: np.ndarray, end_token: int, rng: np.random.Generator, weight: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Segments of random letters, or of code lines, each followed by its exact repetition, which counts."""
+    """Segments of random letters, or of code lines, each followed by exact repetitions, which count.
+
+    Sizes are log-uniform from 6 tokens to half the row: in short segments one letter tells where one is, which is what
+    the first heads that copy learn; long ones then need more than a letter.
+    """
     row = Row()
     while row.length < length:
-        size = int(rng.integers(16, max(17, length // 2)))
-        if rng.random() < 0.5:
+        size = int(np.exp(rng.uniform(np.log(6), np.log(length / 2))))
+        if size < 64 or rng.random() < 0.5:
             segment, first = np.append(rng.choice(LETTERS, size), NEWLINE), 0.0
         else:
             segment, first = random_lines(code, size, rng, end_token), 1.0
@@ -116,4 +120,6 @@ def copy_sequence(
         # The first tokens of a repetition can't be known to be one.
         row.add(segment[:2], 0.0)
         row.add(segment[2:], weight)
+        for _ in range(int(rng.integers(0, 1 + min(8, length // (2 * size))))):
+            row.add(segment, weight)
     return row.cut(length)

@@ -1,7 +1,8 @@
-"""A model small enough to compile in a second or two, and ways to look into its live cache.
+"""A model small enough to compile in seconds, the caches it is tried with, and ways to look into a live one.
 
-Everything that runs it uses batches padded to `BATCH` and contexts within one bucket, so that few programs are compiled
-and test processes find one another's in the compilation cache.
+Compiling is what these tests cost. So batches are padded to `BATCH`, contexts stay within one bucket, and the caches of
+`MATRIX` try two combinations in one program, one in each layer; test processes find one another's programs in the
+compilation cache.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from kvjax import CacheConfig
 from kvjax.attention.paged import PagedAttend
+from kvjax.cache.codecs import Dense, Int8
+from kvjax.cache.policies import H2O, TOVA, Full, SlidingWindow, StreamingLLM
 from kvjax.cache.state import Cache
 from kvjax.generate.decode import forced_block
 from kvjax.generate.forward import head
@@ -56,6 +60,53 @@ A score sums at most 24 rows of two heads, each weight off by less than 1e-6.
 """
 
 
+class Choice(NamedTuple):
+    """How one layer keeps its keys and values."""
+
+    policy: Any
+    codec: Any
+    page_size: int
+
+    def __str__(self) -> str:
+        return f"{self.policy!r}-{type(self.codec).__name__}-{self.page_size}"
+
+
+WINDOW, STREAM, LOOK, HEAVY = SlidingWindow(6), StreamingLLM(2, 5), TOVA(6), H2O(4, 3)
+POLICIES = (Full(), WINDOW, STREAM, LOOK, HEAVY)
+DENSE, INT8 = Dense(), Int8()
+
+UNIFORM = tuple(
+    Choice(policy, DENSE, size) for policy, size in ((Full(), 4), (WINDOW, 16), (STREAM, 4), (LOOK, 16), (HEAVY, 4))
+)
+"""One cache per policy, the same in both layers."""
+
+MIXED = (
+    (Choice(Full(), DENSE, 16), Choice(Full(), INT8, 4)),
+    (Choice(WINDOW, DENSE, 4), Choice(STREAM, INT8, 16)),
+    (Choice(STREAM, DENSE, 16), Choice(WINDOW, INT8, 4)),
+    (Choice(Full(), INT8, 16), Choice(STREAM, INT8, 4)),
+    (Choice(LOOK, DENSE, 4), Choice(HEAVY, INT8, 16)),
+    (Choice(HEAVY, DENSE, 16), Choice(LOOK, INT8, 4)),
+    (Choice(WINDOW, INT8, 16), Choice(HEAVY, INT8, 4)),
+    (Choice(LOOK, INT8, 16), Choice(Full(), DENSE, 64)),
+)
+"""Caches whose layers differ. With `UNIFORM`, every policy has every codec and page size 4 and 16."""
+
+Pair = tuple[Choice, Choice]
+MATRIX: tuple[Pair, ...] = (*((choice, choice) for choice in UNIFORM), *MIXED)
+
+
+def name(pair: Pair) -> str:
+    """A test's id."""
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}+{pair[1]}"
+
+
+def cache_of(pair: Pair) -> CacheConfig:
+    """The two choices in two layers."""
+    first, second = (CacheConfig(policy=c.policy, codec=c.codec, page_size=c.page_size) for c in pair)
+    return first if first == second else dataclasses.replace(first, overrides=(((1,), second),))
+
+
 def model_of(config: kvjax.ModelConfig = CONFIG, seed: int = 1) -> kvjax.Model:
     """A model whose attention is far from uniform, so that it matters which tokens are kept."""
     return kvjax.Model(config, jax.tree.map(jnp.asarray, random_params(config, seed)))
@@ -82,23 +133,19 @@ def held(cache: Cache, sequence: int, layer: int, head: int) -> tuple[int, ...]:
     length, victim = int(group.length[row, sequence]), int(group.victim[row, sequence])
     position = np.asarray(group.position[row, sequence])
     assert np.all(position[length:] == -1)
-    slots = [slot for slot in range(length) if slot != victim and position[slot] >= 0]
-    positions = sorted(int(position[slot]) for slot in slots)
+    positions = sorted(int(position[slot]) for slot in range(length) if slot != victim and position[slot] >= 0)
     assert len(set(positions)) == len(positions), f"sequence {sequence}, layer {layer}, head {head}: {positions}"
     return tuple(positions)
 
 
 def held_everywhere(cache: Cache, sequence: int, config: kvjax.ModelConfig = CONFIG) -> decoder.Positions:
     """`held` of every layer and KV head, in the form of the oracle's `kept`."""
-    host = dataclasses.replace(
-        cache,
-        groups=tuple(
-            dataclasses.replace(
-                group, **jax.device_get(dict(length=group.length, victim=group.victim, position=group.position))
-            )
-            for group in cache.groups
-        ),
+    metadata = jax.device_get([(group.length, group.victim, group.position) for group in cache.groups])
+    groups = tuple(
+        dataclasses.replace(group, length=length, victim=victim, position=position)
+        for group, (length, victim, position) in zip(cache.groups, metadata, strict=True)
     )
+    host = dataclasses.replace(cache, groups=groups)
     return [
         [held(host, sequence, layer, head) for head in range(config.num_kv_heads)] for layer in range(config.num_layers)
     ]
@@ -117,7 +164,7 @@ def feed(model: kvjax.Model, cache: Cache, tokens: Sequence[Sequence[int]]) -> t
     cache, logits, shortage = forced_block(
         model.params, cache, padded, count, config=model.config, attend=PagedAttend()
     )
-    assert not bool(shortage.any)
+    assert np.all(np.asarray(shortage.needed) <= np.asarray(shortage.available))
     return cache, np.asarray(logits)
 
 
@@ -127,20 +174,29 @@ def logits_after(model: kvjax.Model, state: kvjax.State) -> np.ndarray:
     return np.asarray(head(model.params, state.last, config=model.config))
 
 
+class DecoderByLayer(decoder.Decoder):
+    """The oracle, with a policy and a codec of its own for each layer."""
+
+    def __init__(self, config: kvjax.ModelConfig, pair: Pair):
+        super().__init__(random_params(config, 1), config, oracle_policies.Full(), oracle_codecs.Dense())
+        self.choices = [(oracle_policies.counterpart(c.policy), oracle_codecs.counterpart(c.codec)) for c in pair]
+
+    def _attention(self, layer: int, *args: Any) -> np.ndarray:
+        self.policy, self.codec = self.choices[layer]
+        return super()._attention(layer, *args)
+
+
 @functools.lru_cache(maxsize=512)
 def oracle(
-    prompt: tuple[int, ...],
-    forced: tuple[int, ...],
-    policy: Any,
-    codec: Any,
-    config: kvjax.ModelConfig = CONFIG,
+    prompt: tuple[int, ...], forced: tuple[int, ...], pair: Pair, config: kvjax.ModelConfig = CONFIG
 ) -> decoder.Result:
-    """The NumPy model's run of one sequence, under the counterparts of a policy and a codec."""
-    return decoder.run(
-        random_params(config, 1),
-        config,
-        prompt,
-        forced,
-        oracle_policies.counterpart(policy),
-        oracle_codecs.counterpart(codec),
-    )
+    """The NumPy model's run of one sequence."""
+    run = DecoderByLayer(config, pair)
+    logits = [run.feed_prompt(prompt)]
+    kept, attended, scores = [run.kept()], [run.attended], [run.scores()]
+    for token in forced:
+        logits.append(run.feed(token))
+        kept.append(run.kept())
+        attended.append(run.attended)
+        scores.append(run.scores())
+    return decoder.Result(np.concatenate(logits), len(prompt), kept, attended, scores, run.margin)
