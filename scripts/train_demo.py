@@ -87,7 +87,7 @@ def main(args: Arguments) -> None:
         makers = dict(
             dense=lambda: dense_recall(length, 0, held, END, rng),
             filler=lambda: dense_recall(length, 160, held, END, rng),
-            needle=lambda: needle_recall(length, held, END, rng),
+            needle=lambda: needle_recall(max(length, 256), held, END, rng),
             copy=lambda: copy_sequence(length, held, END, rng, 2.0),
         )
         for name, make in makers.items():

@@ -188,9 +188,9 @@ class PagedAttend:
 def after(value: jax.Array, result: jax.Array) -> jax.Array:
     """`value`, but computed only once `result` is known.
 
-    What writes to a pool next must depend on whatever read it before: without that order the compiler keeps the old pool
-    for the reader and copies all of it. An optimization barrier is gone by the time copies are decided; a zero that
-    the compiler cannot see through is not.
+    What writes to a pool next must depend on whatever read it before: without that order the compiler keeps the old
+    pool for the reader and copies all of it. An optimization barrier is gone by the time copies are decided; a zero
+    that the compiler cannot see through is not.
     """
     bits = jax.lax.bitcast_convert_type(jnp.max(result).astype(jnp.float32), jnp.uint32)
     return value + ((bits >> 31) >> 1).astype(value.dtype)

@@ -65,7 +65,7 @@ def dense_recall(
       tokens int32[length]; weights float32[length]: `weight` on the values of repeats, 1 on code, 0 on what is random.
     """
     row = Row()
-    pairs = random_pairs(int(rng.integers(2, 4 + length // 64)), rng)
+    pairs = random_pairs(int(rng.integers(2, 3 + length // 48)), rng)
     filler = int(rng.integers(0, filler + 1))
     introduced = 0
     while row.length < length:

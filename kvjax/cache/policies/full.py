@@ -6,17 +6,16 @@ import dataclasses
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
+from kvjax.cache.policies.bases import Positional
 from kvjax.cache.policies.protocol import Read, RowState, appended, overlaps
 
 
 @dataclasses.dataclass(frozen=True)
-class Full:
+class Full(Positional):
     """Every token stays; slot index equals position. One row for all layers and heads."""
 
     rows: Literal["shared"] = dataclasses.field(default="shared", init=False, repr=False)
-    observes: bool = dataclasses.field(default=False, init=False, repr=False)
     in_order: bool = dataclasses.field(default=True, init=False, repr=False)
     append_only: bool = dataclasses.field(default=True, init=False, repr=False)
 
@@ -35,22 +34,6 @@ class Full:
     def reads(self, window: int | None) -> tuple[Read, ...]:
         """Everything the model's own window lets through."""
         return (Read(window=window),)
-
-    def row_state(self, rows: int, batch: int, slots: int) -> RowState:
-        """None."""
-        return {}
-
-    def prompt_rows(self, positions: jax.Array, lengths: jax.Array) -> jax.Array:
-        """No row is scored."""
-        return jnp.zeros(positions.shape, jnp.float32)
-
-    def observe(self, state: RowState, weights: jax.Array, active: jax.Array) -> RowState:
-        """Weights do not matter."""
-        return state
-
-    def victims(self, state: RowState, position: jax.Array, length: jax.Array) -> jax.Array:
-        """None, ever."""
-        return jnp.full(length.shape, -1, jnp.int32)
 
     def keep(self, state: RowState, position: jax.Array) -> jax.Array:
         """Every token."""

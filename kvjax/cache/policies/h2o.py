@@ -8,20 +8,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.policies.protocol import (
-    EMPTY,
-    Read,
-    RowState,
-    appended,
-    highest_newest,
-    oldest_lowest,
-)
-from kvjax.cache.policies.tova import touches_any
+from kvjax.cache.policies.bases import Scored
+from kvjax.cache.policies.protocol import EMPTY, RowState, highest_newest, oldest_lowest
 from kvjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class H2O:
+class H2O(Scored):
     """Keeps per KV head the `recent` newest tokens and the `heavy` highest of the others.
 
     A slot's score is all the attention weight it has received so far, over the query heads of its group, its own first
@@ -32,9 +25,6 @@ class H2O:
     heavy: int
     recent: int
     rows: Literal["head"] = dataclasses.field(default="head", init=False, repr=False)
-    observes: bool = dataclasses.field(default=True, init=False, repr=False)
-    in_order: bool = dataclasses.field(default=False, init=False, repr=False)
-    append_only: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("heavy", "recent"):
@@ -45,30 +35,9 @@ class H2O:
             raise ConfigError("H2O must keep something: heavy + recent is 0")
 
     @property
-    def budget(self) -> int:
+    def held(self) -> int:
         """Tokens held between steps."""
         return self.heavy + self.recent
-
-    def capacity(self, tokens: int) -> int:
-        """The budget and the current token."""
-        return min(tokens, self.budget + 1)
-
-    def slots(self, length: jax.Array, victim: jax.Array, seen: jax.Array, positions: jax.Array) -> jax.Array:
-        """The victim's slot, or behind what is held."""
-        behind = appended(length, seen, positions)
-        return jnp.where((victim[..., None] >= 0) & (behind >= 0), victim[..., None], behind)
-
-    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
-        """Any page once slots are reused, before that the open one and new ones."""
-        return touches_any(length, n, self.budget + 1, starts, page_size)
-
-    def reads(self, window: int | None) -> tuple[Read, ...]:
-        """Everything held, within the model's own window."""
-        return (Read(window=window),)
-
-    def row_state(self, rows: int, batch: int, slots: int) -> RowState:
-        """score: the weight received so far."""
-        return {"score": jnp.zeros((rows, batch, slots), jnp.float32)}
 
     def prompt_rows(self, positions: jax.Array, lengths: jax.Array) -> jax.Array:
         """Every prompt row counts."""
@@ -81,7 +50,7 @@ class H2O:
     def victims(self, state: RowState, position: jax.Array, length: jax.Array) -> jax.Array:
         """The lowest score outside the newest, once heavy + recent + 1 are held."""
         score = jnp.where(self._outside_recent(position), state["score"], jnp.inf)
-        return jnp.where(length > self.budget, oldest_lowest(score, position), EMPTY)
+        return jnp.where(length > self.held, oldest_lowest(score, position), EMPTY)
 
     def keep(self, state: RowState, position: jax.Array) -> jax.Array:
         """The newest, and the highest of the others."""

@@ -8,12 +8,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.policies.bases import Positional
 from kvjax.cache.policies.protocol import EMPTY, Read, RowState, overlaps
 from kvjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(Positional):
     """Keeps the first `sinks` and the last `window` tokens, the current one included: sinks + window slots.
 
     Positions are those within the cache (0 .. held-1 in token order, the query at the last). RoPE is relative, so keys
@@ -25,7 +26,6 @@ class StreamingLLM:
     sinks: int = 4
     window: int = 1020
     rows: Literal["shared"] = dataclasses.field(default="shared", init=False, repr=False)
-    observes: bool = dataclasses.field(default=False, init=False, repr=False)
     in_order: bool = dataclasses.field(default=False, init=False, repr=False)
     append_only: bool = dataclasses.field(default=False, init=False, repr=False)
 
@@ -72,22 +72,6 @@ class StreamingLLM:
         if not self.sinks:
             return (recent,)
         return (Read(last=self.sinks, turn=self.sinks + self.window - 1, slots=self.sinks), recent)
-
-    def row_state(self, rows: int, batch: int, slots: int) -> RowState:
-        """None."""
-        return {}
-
-    def prompt_rows(self, positions: jax.Array, lengths: jax.Array) -> jax.Array:
-        """No row is scored."""
-        return jnp.zeros(positions.shape, jnp.float32)
-
-    def observe(self, state: RowState, weights: jax.Array, active: jax.Array) -> RowState:
-        """Weights do not matter."""
-        return state
-
-    def victims(self, state: RowState, position: jax.Array, length: jax.Array) -> jax.Array:
-        """The ring names its slot by position; nothing is marked."""
-        return jnp.full(length.shape, EMPTY, jnp.int32)
 
     def keep(self, state: RowState, position: jax.Array) -> jax.Array:
         """The sinks and the last `window` tokens."""

@@ -8,20 +8,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache.policies.protocol import (
-    EMPTY,
-    Read,
-    RowState,
-    appended,
-    highest_newest,
-    oldest_lowest,
-    overlaps,
-)
+from kvjax.cache.policies.bases import Scored
+from kvjax.cache.policies.protocol import EMPTY, RowState, highest_newest, oldest_lowest
 from kvjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class TOVA:
+class TOVA(Scored):
     """Keeps `budget` tokens, one set per layer: after each step the lowest of budget + 1 leaves.
 
     A slot's score is the current row of attention weights, averaged over all query heads. The current token is attended
@@ -31,34 +24,15 @@ class TOVA:
 
     budget: int
     rows: Literal["layer"] = dataclasses.field(default="layer", init=False, repr=False)
-    observes: bool = dataclasses.field(default=True, init=False, repr=False)
-    in_order: bool = dataclasses.field(default=False, init=False, repr=False)
-    append_only: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int) or self.budget < 1:
             raise ConfigError(f"TOVA.budget must be an integer of at least 1, got {self.budget!r}")
 
-    def capacity(self, tokens: int) -> int:
-        """The budget and the current token."""
-        return min(tokens, self.budget + 1)
-
-    def slots(self, length: jax.Array, victim: jax.Array, seen: jax.Array, positions: jax.Array) -> jax.Array:
-        """The victim's slot, or behind what is held."""
-        behind = appended(length, seen, positions)
-        return jnp.where((victim[..., None] >= 0) & (behind >= 0), victim[..., None], behind)
-
-    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
-        """Any page once slots are reused, before that the open one and new ones."""
-        return touches_any(length, n, self.budget + 1, starts, page_size)
-
-    def reads(self, window: int | None) -> tuple[Read, ...]:
-        """Everything held, within the model's own window."""
-        return (Read(window=window),)
-
-    def row_state(self, rows: int, batch: int, slots: int) -> RowState:
-        """score: the last row of weights."""
-        return {"score": jnp.zeros((rows, batch, slots), jnp.float32)}
+    @property
+    def held(self) -> int:
+        """Tokens held between steps."""
+        return self.budget
 
     def prompt_rows(self, positions: jax.Array, lengths: jax.Array) -> jax.Array:
         """Only a prompt's last row counts."""
@@ -77,10 +51,3 @@ class TOVA:
     def keep(self, state: RowState, position: jax.Array) -> jax.Array:
         """The `budget` highest."""
         return highest_newest(jnp.where(position >= 0, state["score"], -jnp.inf), position, self.budget)
-
-
-def touches_any(length: jax.Array, n: jax.Array, capacity: int, starts: jax.Array, page_size: int) -> jax.Array:
-    """Pages that n tokens may write when a full row reuses any slot: bool[R, B, N]."""
-    end = length + n
-    first = jnp.where(end > capacity, 0, length)
-    return overlaps(first, jnp.where(n > 0, jnp.minimum(end, capacity), first), starts, page_size)
