@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ def save_state(path: str | Path, state: object) -> None:
     """Writes every array of `state`, under its path in the tree."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    arrays: dict[str, Any] = {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(state)}
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
@@ -32,9 +33,10 @@ def load_state(path: str | Path, like: State) -> State:
       CheckpointError: the file is missing or damaged, or its arrays are not those of `like`.
     """
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+        # Opened here, since np.load leaves a damaged file open.
+        with Path(path).open("rb") as file, np.load(file) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"cannot read the run's state {path}: {error}") from error
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     loaded = []

@@ -40,7 +40,8 @@ def is_held_out(name: str, one_in: int = 20) -> bool:
 def split_files(files: Iterable[Path], root: str | Path | None = None) -> tuple[list[Path], list[Path]]:
     """(training files, held-out files), in the order given."""
     folder = Path(sysconfig.get_path("stdlib") if root is None else root)
-    train, held_out = [], []
+    train: list[Path] = []
+    held_out: list[Path] = []
     for path in files:
         (held_out if is_held_out(path.relative_to(folder).as_posix()) else train).append(path)
     return train, held_out

@@ -32,7 +32,8 @@ class Phase:
             raise ConfigError(f"a phase needs at least 1 row of 64 tokens, got {self.rows} of {self.length}")
         if min(self.code_rows, self.copy_rows) < 0 or self.code_rows + self.copy_rows > 1:
             raise ConfigError(
-                f"code_rows and copy_rows are fractions that sum to at most 1, got {self.code_rows} and {self.copy_rows}"
+                "code_rows and copy_rows are fractions that sum to at most 1, "
+                f"got {self.code_rows} and {self.copy_rows}"
             )
 
 
@@ -45,8 +46,8 @@ class Mixture:
     Attributes:
       code: training tokens, int32[N]; end_token: what separates files in it.
       phases: in order of `first`, the first of which is 0.
-      filler_from, filler_until: steps between which the code between recall lines grows from nothing to `filler` tokens,
-        and the share of recall rows that are scattered needles from none to half.
+      filler_from, filler_until: steps between which the code between recall lines grows from nothing to `filler`
+        tokens, and the share of recall rows that are scattered needles from none to half.
       seed: of the whole run.
     """
 

@@ -26,10 +26,10 @@ class Probe:
 def recall_probe(
     length: int, depth: float, code: np.ndarray, rng: np.random.Generator, distractors: int = 4, end_token: int = 256
 ) -> Probe:
-    """Code of `length` tokens in all, answer included, with `key=value` lines in it, that ends in one of their keys and `=`.
+    """Code with `key=value` lines in it that ends in one of their keys and `=`: `length` tokens, answer included.
 
     The line asked for stands at `depth` of the room before the question; `distractors` other lines stand at random
-    places. Values are distinct, so that guessing among those seen is right one time in `distractors + 1` at most.
+    places.
 
     Raises:
       ConfigError: depth is not in [0, 1], or the lines do not fit.
@@ -37,7 +37,7 @@ def recall_probe(
     if not 0 <= depth <= 1:
         raise ConfigError(f"depth must be in [0, 1], got {depth}")
     (key, value), *others = random_pairs(distractors + 1, rng)
-    # Each line brings one newline more than it holds: the one that ends the code before it.
+    # Before each line goes a newline of its own, which ends the code it interrupts.
     lines = [np.array([*k, EQUALS, *v, NEWLINE], np.int32) for k, v in [(key, value), *others]]
     question = np.array([NEWLINE, *key, EQUALS], np.int32)
     answer = np.array([*value, NEWLINE], np.int32)
@@ -64,7 +64,9 @@ def copy_probe(length: int, rng: np.random.Generator, cue: int = 8) -> Probe:
 
 
 def right_tokens(predict: Predict, probes: Sequence[Probe], rows: int = 8) -> list[np.ndarray]:
-    """Per probe, bool[len(answer)]: which answer tokens come out, given the right ones before. All True: greedy decoding gives it.
+    """Per probe, bool[len(answer)]: which answer tokens are the likeliest, given the right ones before them.
+
+    If all are, greedy decoding gives the answer.
 
     Probes are padded at the end to the longest (causal models do not see that) and sent `rows` at a time.
     """

@@ -40,7 +40,7 @@ def random_code(code: np.ndarray, length: int, rng: np.random.Generator, end_tok
 
 
 def random_pairs(count: int, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`count` (key, value) pairs of byte tokens: distinct keys of 3 to 6 letters, values of 3 to 6 digits or letters."""
+    """`count` pairs of byte tokens: distinct keys of 3 to 6 letters, values of 3 to 6 digits or of 3 to 6 letters."""
     pairs: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
     while len(pairs) < count:
         key = rng.choice(LETTERS, rng.integers(3, 7))
@@ -83,7 +83,7 @@ def dense_recall(
 def needle_recall(
     length: int, code: np.ndarray, end_token: int, rng: np.random.Generator, weight: float = 2.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Code with a few `key=value` lines scattered in it, and all of them asked for again, in random order, at the end."""
+    """Code with a few `key=value` lines scattered in it; at the end all are asked for again, in random order."""
     pairs = random_pairs(int(rng.integers(1, 13)), rng)
     asked = sum(len(key) + len(value) + 2 for key, value in pairs)
     room = max(length - 2 * asked, 0)

@@ -1,4 +1,4 @@
-"""The training step: stacked parameters, scanned layers, AdamW."""
+"""The training step: optimisers, schedules, and one jitted function that donates its state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvjax.typing import Params
 
 
 class TrainState(NamedTuple):
-    """What training carries: stacked parameters (`kvjax.models.stack_layers`), optimiser state, int32[] steps taken."""
+    """What training carries: parameters in either layout of `kvjax.models`, optimiser state, int32[] steps taken."""
 
     params: Params
     optimizer: Any
@@ -41,7 +41,9 @@ def schedule(learning_rate: float, steps: int, warmup: int, decay: int, final: f
     )
 
 
-def adamw(learning_rate: optax.Schedule | float, weight_decay: float = 0.1, clip: float = 1.0) -> optax.GradientTransformation:
+def adamw(
+    learning_rate: optax.Schedule | float, weight_decay: float = 0.1, clip: float = 1.0
+) -> optax.GradientTransformation:
     """AdamW with gradient clipping by global norm; norms' scales, biases and embeddings are not decayed."""
 
     def decayed(params: Params) -> Any:
@@ -56,15 +58,16 @@ def adamw(learning_rate: optax.Schedule | float, weight_decay: float = 0.1, clip
 def muon(
     learning_rate: optax.Schedule, scale: float = 10.0, weight_decay: float = 0.01, clip: float = 1.0, steps: int = 4
 ) -> optax.GradientTransformation:
-    """Muon (Jordan 2024) for matrices, at `scale` times the learning rate; AdamW for norms, biases and embeddings.
+    """Muon (Jordan 2024) for the matrices of layers, at `scale` times the learning rate; AdamW for everything else.
 
-    A matrix's update is its momentum with all singular values brought near 1 by `steps` Newton-Schulz iterations. On a
-    small budget of tokens it learns about twice as much per token as AdamW.
+    A matrix's update is its momentum with all singular values brought near 1 by `steps` Newton-Schulz iterations.
     """
 
     def matrices(params: Params) -> Any:
         numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        return jax.tree_util.tree_map_with_path(lambda path, _: numbers if path[-1].key == "kernel" and path[0].key != "head" else None, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: numbers if path[-1].key == "kernel" and path[0].key != "head" else None, params
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(clip),
@@ -86,13 +89,14 @@ def forward(config: ModelConfig, attend: Any = None, scan: bool = True) -> Calla
     def logits(params: Params, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         hidden, _ = module.apply({"params": params}, tokens, positions, None)
-        return module.apply({"params": params}, hidden, method="logits")
+        result: Any = module.apply({"params": params}, hidden, method="logits")
+        return result
 
     return logits
 
 
 def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around stacked parameters."""
+    """A fresh state around parameters."""
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
@@ -106,9 +110,7 @@ def make_train_step(
         memory, and quicker where a part's activations fit a processor's cache.
     """
 
-    def train_step(
-        state: TrainState, tokens: jax.Array, mask: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, tokens: jax.Array, mask: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         total = jnp.maximum(jnp.sum(mask[:, 1:]), 1e-6)
 
         def part_loss(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -122,6 +124,6 @@ def make_train_step(
         (loss, gradients), _ = jax.lax.scan(add, zero, split)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         state = TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1)
-        return state, {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
+        return state, {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
 
     return jax.jit(train_step, donate_argnums=0)

@@ -1,20 +1,20 @@
 """A model small enough to compile in seconds, the caches it is tried with, and ways to look into a live one.
 
-Compiling is what these tests cost. So batches are padded to `BATCH`, contexts stay within one bucket, and the caches of
-`MATRIX` try two combinations in one program, one in each layer; test processes find one another's programs in the
-compilation cache.
+Compiling is what these tests cost. So batches are padded to `BATCH` and contexts stay within one bucket, and test
+processes find one another's programs in the compilation cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kvjax
 from kvjax import CacheConfig
@@ -72,33 +72,43 @@ class Choice(NamedTuple):
 
 
 WINDOW, STREAM, LOOK, HEAVY = SlidingWindow(6), StreamingLLM(2, 5), TOVA(6), H2O(4, 3)
-POLICIES = (Full(), WINDOW, STREAM, LOOK, HEAVY)
 DENSE, INT8 = Dense(), Int8()
 
-UNIFORM = tuple(
-    Choice(policy, DENSE, size) for policy, size in ((Full(), 4), (WINDOW, 16), (STREAM, 4), (LOOK, 16), (HEAVY, 4))
-)
+Pair = tuple[Choice, Choice]
+UNIFORM: dict[Any, Pair] = {
+    policy: (Choice(policy, DENSE, size),) * 2
+    for policy, size in ((Full(), 4), (WINDOW, 16), (STREAM, 4), (LOOK, 16), (HEAVY, 4))
+}
 """One cache per policy, the same in both layers."""
 
-MIXED = (
-    (Choice(Full(), DENSE, 16), Choice(Full(), INT8, 4)),
-    (Choice(WINDOW, DENSE, 4), Choice(STREAM, INT8, 16)),
-    (Choice(STREAM, DENSE, 16), Choice(WINDOW, INT8, 4)),
-    (Choice(Full(), INT8, 16), Choice(STREAM, INT8, 4)),
-    (Choice(LOOK, DENSE, 4), Choice(HEAVY, INT8, 16)),
+MIXED: tuple[Pair, ...] = (
+    (Choice(Full(), INT8, 16), Choice(STREAM, INT8, 16)),
     (Choice(HEAVY, DENSE, 16), Choice(LOOK, INT8, 4)),
-    (Choice(WINDOW, INT8, 16), Choice(HEAVY, INT8, 4)),
+    (Choice(WINDOW, INT8, 4), Choice(HEAVY, INT8, 4)),
+)
+"""Caches whose layers differ. With `UNIFORM` they try all pairs: policy and codec, either and page size 4 or 16."""
+
+MORE_MIXED: tuple[Pair, ...] = (
+    (Choice(Full(), DENSE, 16), Choice(WINDOW, INT8, 16)),
+    (Choice(WINDOW, DENSE, 4), Choice(STREAM, INT8, 4)),
+    (Choice(STREAM, DENSE, 16), Choice(Full(), INT8, 4)),
+    (Choice(LOOK, DENSE, 4), Choice(HEAVY, INT8, 16)),
     (Choice(LOOK, INT8, 16), Choice(Full(), DENSE, 64)),
 )
-"""Caches whose layers differ. With `UNIFORM`, every policy has every codec and page size 4 and 16."""
-
-Pair = tuple[Choice, Choice]
-MATRIX: tuple[Pair, ...] = (*((choice, choice) for choice in UNIFORM), *MIXED)
+"""With these, the full product of policy, codec and page size 4 or 16."""
 
 
 def name(pair: Pair) -> str:
     """A test's id."""
     return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}+{pair[1]}"
+
+
+def matrix(fast: Iterable[Pair], slow: Iterable[Pair] = ()) -> list[Any]:
+    """Parameters for `pytest.mark.parametrize`."""
+    return [
+        *(pytest.param(pair, id=name(pair)) for pair in fast),
+        *(pytest.param(pair, id=name(pair), marks=pytest.mark.slow) for pair in slow),
+    ]
 
 
 def cache_of(pair: Pair) -> CacheConfig:

@@ -29,17 +29,20 @@ from tests.cache.tiny import (
     LOGITS,
     LOOK,
     MARGIN,
-    MATRIX,
+    MIXED,
     MODEL,
+    MORE_MIXED,
+    STREAM,
     UNIFORM,
+    WINDOW,
     Choice,
     Pair,
     cache_of,
     feed,
     held_everywhere,
     logits_after,
+    matrix,
     model_of,
-    name,
     oracle,
     random_tokens,
 )
@@ -111,7 +114,7 @@ def check_steps(model: kvjax.Model, pair: Pair, windows: tuple[int | None, ...] 
     return live
 
 
-@pytest.mark.parametrize("pair", MATRIX, ids=name)
+@pytest.mark.parametrize("pair", matrix([*UNIFORM.values(), *MIXED], MORE_MIXED))
 def test_logits_and_kept_tokens_are_the_oracles(pair):
     coded = any(choice.codec == INT8 for choice in pair)
     prefilled = kvjax.score(MODEL, TOKENS, cache_of(pair), "prefill", prefill_chunk=CHUNK)
@@ -122,7 +125,7 @@ def test_logits_and_kept_tokens_are_the_oracles(pair):
     equal_but_for_flips(list(decoded(cache_of(pair))), split, coded)
 
     live = check_steps(MODEL, pair)
-    if pair == (UNIFORM[4], UNIFORM[4]):
+    if pair == UNIFORM[HEAVY]:
         check_scores(live, [oracle(prompt, forced, pair) for prompt, forced in RAGGED])
 
 
@@ -139,15 +142,9 @@ def check_scores(live: Cache, results: Sequence[decoder.Result]) -> None:
 # Identities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "policy",
-    [
-        pytest.param(SlidingWindow(LENGTH), marks=pytest.mark.slow),
-        StreamingLLM(4, LENGTH - 4),
-        TOVA(LENGTH - 1),
-        pytest.param(H2O(LENGTH - 4, 3), marks=pytest.mark.slow),
-    ],
-    ids=str,
+    "policy", [SlidingWindow(LENGTH), StreamingLLM(4, LENGTH - 4), TOVA(LENGTH - 1), H2O(LENGTH - 4, 3)], ids=str
 )
 def test_a_budget_of_the_whole_length_equals_full(policy):
     expected = decoded(CacheConfig(page_size=4))
@@ -162,6 +159,7 @@ def test_streaming_without_sinks_is_a_sliding_window():
     np.testing.assert_allclose(streaming, sliding, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_h2o_without_heavy_hitters_fed_from_one_token_is_a_sliding_window_one_wider():
     sliding = decoded(CacheConfig(page_size=16, policy=SlidingWindow(6)), prompt_length=1)
     h2o = decoded(CacheConfig(page_size=16, policy=H2O(0, 5)), prompt_length=1)
@@ -169,7 +167,7 @@ def test_h2o_without_heavy_hitters_fed_from_one_token_is_a_sliding_window_one_wi
     np.testing.assert_allclose(h2o, sliding, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("pair", [MATRIX[0], MATRIX[1], MATRIX[2], MATRIX[8]], ids=name)
+@pytest.mark.parametrize("pair", matrix([UNIFORM[STREAM]], [UNIFORM[Full()], UNIFORM[WINDOW], MIXED[0]]))
 def test_how_a_prompt_is_split_is_irrelevant_to_policies_that_append_or_slide(pair):
     coded = any(choice.codec == INT8 for choice in pair)
     expected = list(np.asarray(kvjax.score(MODEL, TOKENS, cache_of(pair), "prefill", prefill_chunk=CHUNK)))
@@ -197,9 +195,9 @@ def fresh(prompts: Sequence[Sequence[int]], cache: CacheConfig, permutation_seed
     return State(live, cache, tuple(map(tuple, prompts)), last, 0)
 
 
-@pytest.mark.parametrize("choice", UNIFORM, ids=str)
-def test_a_ragged_batch_equals_each_sequence_alone(choice):
-    cache = cache_of((choice, choice))
+@pytest.mark.parametrize("pair", matrix(UNIFORM.values()))
+def test_a_ragged_batch_equals_each_sequence_alone(pair):
+    cache = cache_of(pair)
     together, expected = feed(MODEL, fresh([p for p, _ in RAGGED], cache).cache, [forced for _, forced in RAGGED])
     for b, (prompt, forced) in enumerate(RAGGED):
         alone, logits = feed(MODEL, fresh([prompt], cache).cache, [forced])
@@ -211,9 +209,9 @@ def test_a_ragged_batch_equals_each_sequence_alone(choice):
 # Pages
 
 
-@pytest.mark.parametrize("choice", [UNIFORM[0], UNIFORM[2], UNIFORM[4]], ids=str)
-def test_any_permutation_of_pages_generates_the_same_tokens(choice):
-    cache = cache_of((choice, choice))
+@pytest.mark.parametrize("pair", matrix([UNIFORM[Full()], UNIFORM[HEAVY]], [UNIFORM[STREAM]]))
+def test_any_permutation_of_pages_generates_the_same_tokens(pair):
+    cache = cache_of(pair)
     prompts = [prompt for prompt, _ in RAGGED]
     expected, state = kvjax.extend(MODEL, fresh(prompts, cache), max_new_tokens=FORCED)
     for seed in (1, 2):
@@ -242,7 +240,7 @@ def test_page_sizes_give_identical_tokens_and_paged_equals_contiguous():
 # Layers that the model itself windows
 
 
-@pytest.mark.parametrize("policy", [Full(), pytest.param(LOOK, marks=pytest.mark.slow), HEAVY], ids=str)
+@pytest.mark.parametrize("policy", [Full(), *(pytest.param(p, marks=pytest.mark.slow) for p in (LOOK, HEAVY))], ids=str)
 def test_a_layer_with_a_window_of_its_own_sees_no_further(policy):
     model = model_of(dataclasses.replace(CONFIG, windows=(4, None)))
     choice = Choice(policy, DENSE, 4)

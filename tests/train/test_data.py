@@ -98,7 +98,7 @@ def test_batches_have_the_shape_of_their_phase_and_something_to_learn_in_every_r
         assert tokens.shape == weights.shape == shape
         assert tokens.dtype == np.int32
         assert weights.dtype == np.float32
-        assert (0 <= tokens).all()
+        assert (tokens >= 0).all()
         assert (tokens <= END).all()
         assert (weights[:, 1:].sum(axis=1) > 0).all()
 
