@@ -16,8 +16,8 @@ class BlockCausalAttend:
     """Full causal attention over whole rows (positions 0, 1, ...), without a cache.
 
     Each block of queries multiplies only the keys up to its own end, so about half of the score matrix is never made,
-    and every product is a plain batched matrix product. On a CPU both matter: a step is several times quicker than with
-    one masked [T, T] matrix per head.
+    and every product is a plain batched matrix product. On a CPU both matter: forward and backward at T = 512
+    took a third of the time of one masked [T, T] matrix per head.
 
     Attributes:
       block: queries per block.

@@ -17,7 +17,7 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
 
     Embeddings have unit variance (0.02 where the head is tied to them, or the first logits would be far too large), and
     what each block adds starts at zero: with blocks at full size beside small embeddings, a token would be drowned from
-    the first layer on, and a small model learns several times slower.
+    the first layer on.
     """
 
     def adjust(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:

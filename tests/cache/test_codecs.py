@@ -39,8 +39,12 @@ def test_int8_errs_by_at_most_half_a_scale_and_recoding_changes_no_code(x):
 def test_int8_codes_are_the_oracles(x):
     codes, scale = oracles.Int8().codes(x)
     stored = encode(x)
-    np.testing.assert_array_equal(stored.values, codes)
-    np.testing.assert_array_equal(stored.scale, scale[:, 0])
+    # XLA multiplies by the reciprocal of 127: the scale may be off by its last bit, and a code where it is near a half.
+    np.testing.assert_allclose(np.asarray(stored.scale), scale[:, 0], rtol=2e-7)
+    quotient = x / np.where(scale == 0, 1, scale)
+    sure = np.abs(quotient - np.floor(quotient) - 0.5) > 1e-4
+    np.testing.assert_array_equal(np.asarray(stored.values)[sure], codes[sure])
+    assert np.all(np.abs(np.asarray(stored.values, np.int32) - codes) <= 1)
 
 
 def test_int8_keeps_zero_and_codes_each_vector_on_its_own():

@@ -1,4 +1,4 @@
-"""The slot arithmetic of policies against plain Python, over every small case at once: one case per sequence of a batch."""
+"""The slot arithmetic of policies against plain Python: every small case at once, one per sequence of a batch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_full_appends_at_the_position_and_touches_what_it_writes(page_size):
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("policy", [TOVA(6), H2O(3, 2), H2O(0, 7)], ids=str)
 def test_choosing_policies_touch_new_pages_until_full_and_then_all(policy, page_size):
-    full = policy.budget + 1
+    full = policy.held + 1
     length = np.minimum(SEEN, full).astype(np.int32)
     for held, n, pages in zip(length.tolist(), N.tolist(), touched_by(policy, length, page_size), strict=True):
         first = held if held + n <= full else 0
@@ -116,9 +116,9 @@ POSITION = np.stack([np.where(np.arange(SLOTS) < held, RNG.permutation(30)[:SLOT
 )[:, None]
 
 
-def rows() -> list[tuple[list[float], list[int]]]:
+def rows(position: np.ndarray = POSITION) -> list[tuple[list[float], list[int]]]:
     """Scores and positions of each row, unused slots included."""
-    return list(zip(SCORE[:, 0].tolist(), POSITION[:, 0].tolist(), strict=True))
+    return list(zip(SCORE[:, 0].tolist(), position[:, 0].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 20])
@@ -136,41 +136,33 @@ def test_the_lowest_is_given_up_and_of_equals_the_oldest():
         assert position[slot] == min((s, p) for s, p in zip(score, position, strict=True) if p >= 0)[1]
 
 
-def check_choice(policy: Any, allowed: Callable[[list[int]], list[int]], heavy: int) -> None:
-    """`keep` and `victims` in terms of `allowed`: of the held positions, those that compete by score."""
-    length = HELD.astype(np.int32)[:, None]
-    kept = np.asarray(policy.keep({"score": SCORE}, POSITION))[:, 0]
-    victims = np.asarray(policy.victims({"score": SCORE}, POSITION, length))[:, 0]
-    for (score, position), row, victim, held in zip(rows(), kept, victims.tolist(), HELD.tolist(), strict=True):
+def check_choice(policy: Any, positions: np.ndarray, competing: Callable[[list[int]], list[int]], count: int) -> None:
+    """`keep` and `victims` keep the `count` highest of those held positions that are `competing`, and all others."""
+    kept = np.asarray(policy.keep({"score": SCORE}, positions))[:, 0]
+    victims = np.asarray(policy.victims({"score": SCORE}, positions, HELD.astype(np.int32)[:, None]))[:, 0]
+    cases = zip(rows(positions), kept, victims.tolist(), HELD.tolist(), strict=True)
+    for (score, position), row, victim, held in cases:
         here = [p for p in position if p >= 0]
-        ranked = sorted((score[position.index(p)], p) for p in allowed(here))
-        dropped = [p for _, p in ranked[: max(len(ranked) - heavy, 0)]]
+        ranked = sorted((score[position.index(p)], p) for p in competing(here))
+        dropped = [p for _, p in ranked[: max(len(ranked) - count, 0)]]
         assert {position[slot] for slot in np.flatnonzero(row)} == set(here) - set(dropped)
-        if held > policy.budget:
-            assert position[victim] == dropped[0]
-        else:
-            assert victim == -1
+        assert victim == (position.index(dropped[0]) if held > policy.held else -1)
 
 
 @pytest.mark.parametrize("budget", [1, 4, 8])
 def test_tova_keeps_the_highest_and_gives_up_the_lowest_once_over_budget(budget):
-    check_choice(TOVA(budget), lambda here: here, budget)
+    check_choice(TOVA(budget), POSITION, lambda here: here, budget)
 
 
 @pytest.mark.parametrize(("heavy", "recent"), [(0, 5), (5, 0), (3, 2), (1, 1)])
 def test_h2o_spares_the_newest_and_keeps_the_highest_of_the_others(heavy, recent):
-    global POSITION
-    # The newest are always held: H2O's positions end in a run of `recent`.
+    # The newest are always held, so a row's positions end in a run of them.
     positions = POSITION.copy()
     for row in positions[:, 0]:
-        order = np.argsort(np.where(row < 0, 1000, row))[: np.sum(row >= 0)]
-        for back, slot in enumerate(order[::-1][: recent + 1]):
+        newest_first = [slot for slot in np.argsort(-row) if row[slot] >= 0]
+        for back, slot in enumerate(newest_first[: recent + 1]):
             row[slot] = 40 - back
-    before, POSITION = POSITION, positions
-    try:
-        check_choice(H2O(heavy, recent), lambda here: sorted(here)[: max(len(here) - recent, 0)], heavy)
-    finally:
-        POSITION = before
+    check_choice(H2O(heavy, recent), positions, lambda here: sorted(here)[: max(len(here) - recent, 0)], heavy)
 
 
 def test_scores_replace_under_tova_add_up_under_h2o_and_stand_still_without_a_token():
