@@ -17,6 +17,7 @@ from kvjax import CacheConfig
 from kvjax.cache.policies import H2O, TOVA, Full, SlidingWindow, StreamingLLM
 from kvjax.cache.size import context_bucket, size_groups
 from kvjax.cache.state import Cache
+from kvjax.generate.decode import take_sequences
 from kvjax.generate.prefill import reserve_pages, run_prompts
 from kvjax.generate.state import State, layouts_of, make_cache
 from tests.cache.tiny import (
@@ -47,6 +48,7 @@ from tests.cache.tiny import (
     random_tokens,
 )
 from tests.oracles import decoder
+from tests.oracles.allocator import check_references
 
 LENGTH = 24
 TOKENS = random_tokens(45, BATCH, LENGTH)  # of some seeds tried, the one with the widest margins in what is kept
@@ -206,6 +208,40 @@ def test_a_ragged_batch_equals_each_sequence_alone(pair):
         assert held_everywhere(alone, 0) == held_everywhere(together, b)
 
 
+# Sharing
+
+
+@pytest.mark.parametrize("pair", matrix([*UNIFORM.values(), *MIXED], MORE_MIXED))
+def test_forks_that_diverge_equal_runs_that_never_shared_a_page(pair):
+    (first, first_tokens), _, (second, second_tokens), _ = RAGGED
+    more = random_tokens(3, BATCH, 9).tolist()
+    state = fresh([first, second], cache_of(pair))
+    cache, _ = feed(MODEL, state.cache, [first_tokens[:3], second_tokens[:3], [], []])
+    cache = take_sequences(cache, np.array([0, 0, 1, 1], np.int32))
+    cache, _ = feed(MODEL, cache, [row[:5] for row in more])
+    # Again, in another order; the fourth is dropped while it still shares the second prompt's pages.
+    sources = [2, 0, 1, 1]
+    cache = take_sequences(cache, np.array(sources, np.int32))
+    cache, shared = feed(MODEL, cache, [row[5:] for row in more])
+    for group in cache.groups:
+        assert int(group.copied) > 0
+        entries = np.asarray(group.table)
+        check_references(
+            entries[entries >= 0].tolist(), np.asarray(group.refs).tolist(), np.asarray(group.free)[: int(group.top)]
+        )
+
+    prompts = [first if source < 2 else second for source in sources]
+    texts = [
+        [*(first_tokens if source < 2 else second_tokens)[:3], *more[source][:5], *more[b][5:]]
+        for b, source in enumerate(sources)
+    ]
+    alone_cache, alone = feed(MODEL, fresh(prompts, cache_of(pair)).cache, texts)
+    coded = any(choice.codec == INT8 for choice in pair)
+    exact = equal_but_for_flips(list(shared[:, :4]), list(alone[:, 8:12]), coded)
+    for b in range(BATCH):
+        assert held_everywhere(cache, b) == held_everywhere(alone_cache, b) or not exact[b]
+
+
 # Pages
 
 
@@ -242,12 +278,12 @@ def test_page_sizes_give_identical_tokens_and_paged_equals_contiguous():
 
 @pytest.mark.parametrize("policy", [Full(), *(pytest.param(p, marks=pytest.mark.slow) for p in (LOOK, HEAVY))], ids=str)
 def test_a_layer_with_a_window_of_its_own_sees_no_further(policy):
-    model = model_of(dataclasses.replace(CONFIG, windows=(4, None)))
+    model = model_of(dataclasses.replace(CONFIG, windows=(8, None)))
     choice = Choice(policy, DENSE, 4)
     first, second = (
-        group.layout for group in check_steps(model, (choice, choice), (4 if policy == Full() else None, None)).groups
+        group.layout for group in check_steps(model, (choice, choice), (8 if policy == Full() else None, None)).groups
     )
     assert (first.layers, second.layers) == ((0,), (1,))
     if policy == Full():
-        assert first.policy == SlidingWindow(4), "what the layer can never look at again is not kept"
-        assert first.pages_per_row(LENGTH) == 1
+        assert first.policy == SlidingWindow(8), "what the layer can never look at again is not kept"
+        assert first.pages_per_row(LENGTH) == 2
