@@ -15,7 +15,7 @@ from kvjax import CacheConfig, ModelConfig, plan
 from kvjax.choices import parse_codec, parse_policy
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXTS = [2**n for n in range(10, 21)]

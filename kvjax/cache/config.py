@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from kvjax.cache.codecs import Codec, Dense
@@ -41,16 +42,26 @@ class CacheConfig:
             raise ConfigError(f"CacheConfig.page_size must be a power of two, got {self.page_size}")
         if self.num_pages is not None and self.memory_bytes is not None:
             raise ConfigError("CacheConfig takes num_pages or memory_bytes, not both")
-        if not isinstance(self.policy, Policy):
-            raise ConfigError(f"CacheConfig.policy must be one of kvjax.policies, got {self.policy!r}")
-        if not isinstance(self.codec, Codec):
-            raise ConfigError(f"CacheConfig.codec must be one of kvjax.codecs, got {self.codec!r}")
+        for name, kind, places in (("policy", Policy, "kvjax.policies"), ("codec", Codec, "kvjax.codecs")):
+            value = getattr(self, name)
+            # A class has all that its instances have: without the first test `policy=TOVA` would pass.
+            if isinstance(value, type) or not isinstance(value, kind):
+                raise ConfigError(f"CacheConfig.{name} must be an instance of one of {places}, got {value!r}")
+            try:
+                hash(value)
+            except TypeError as error:
+                raise ConfigError(
+                    f"CacheConfig.{name} is compiled in and must be hashable: make {type(value).__name__} a frozen "
+                    "dataclass of hashable fields"
+                ) from error
         if self.select is not None:
             raise ConfigError(f"CacheConfig.select: no sparse reads are available yet, got {self.select!r}")
         overrides = []
         taken: set[int] = set()
-        for layers, config in self.overrides:
-            layers = tuple(int(layer) for layer in layers)
+        for override in self.overrides:
+            if not isinstance(override, tuple) or len(override) != 2 or not isinstance(override[0], Iterable):
+                raise ConfigError(f"each override is (layers, CacheConfig), got {override!r}")
+            layers, config = tuple(int(layer) for layer in override[0]), override[1]
             if not isinstance(config, CacheConfig) or config.overrides:
                 raise ConfigError("each override is (layers, CacheConfig) and has no overrides of its own")
             if not layers or taken.intersection(layers) or min(layers) < 0:

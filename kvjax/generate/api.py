@@ -14,8 +14,15 @@ from kvjax.errors import RequestError
 from kvjax.generate import run as running
 from kvjax.generate.compiles import compiled_programs
 from kvjax.generate.output import GenerateOutput
-from kvjax.generate.requests import Prompts, check_new_tokens, encode_prompt, encode_prompts, seeds_of
-from kvjax.generate.sampling import LogitsProcessor
+from kvjax.generate.requests import (
+    Prompts,
+    check_new_tokens,
+    encode_prompt,
+    encode_prompts,
+    seeds_of,
+    stop_token_ids,
+)
+from kvjax.generate.sampling import LogitsProcessor, kind_of
 from kvjax.generate.state import State, append, multiply, start
 from kvjax.model import Model
 
@@ -58,7 +65,7 @@ def generate(
     requests = encode_prompts(model, prompts)
     max_new_tokens = check_new_tokens(max_new_tokens)
     seeds = seeds_of(sampling, seed, len(requests))
-    _check_stop(model, sampling)
+    _check_sampling(model, sampling, logit_processors)
     if sampling.beams > 1:
         from kvjax.generate.beam import beam_search
 
@@ -124,7 +131,7 @@ def stream(
     request = encode_prompt(model, prompt)
     max_new_tokens = check_new_tokens(max_new_tokens)
     seeds = seeds_of(sampling, seed, 1)
-    _check_stop(model, sampling)
+    _check_sampling(model, sampling, logit_processors)
 
     def runs() -> Iterator[running.Run]:
         begun, compiles = time.perf_counter(), compiled_programs()
@@ -218,6 +225,7 @@ def extend(
     sampling.n must be 1 (`fork` the state instead), and so must sampling.beams.
     """
     begun, compiles = time.perf_counter(), compiled_programs()
+    _check_live(state)
     if sampling.n > 1 or sampling.beams > 1:
         raise RequestError(
             f"extend continues each sequence once; kvjax.fork the state for more, got n={sampling.n}, "
@@ -226,7 +234,7 @@ def extend(
     max_new_tokens = check_new_tokens(max_new_tokens)
     # A turn draws other noise than the turn before it.
     seeds = [(s + sum(map(len, state.tokens))) % 2**32 for s in seeds_of(sampling, seed, state.batch)]
-    _check_stop(model, sampling)
+    _check_sampling(model, sampling, logit_processors)
     if prompts is not None:
         requests = encode_prompts(model, prompts)
         state = append(model, state, requests, room=max_new_tokens, chunk=prefill_chunk, backend=backend)
@@ -252,9 +260,18 @@ def fork(state: State, n: int) -> State:
     """Every sequence n times, side by side, their pages shared until one of them writes. Consumes the state."""
     if n < 1:
         raise RequestError(f"fork needs n of at least 1, got {n}")
+    _check_live(state)
     return multiply(state, n)
 
 
-def _check_stop(model: Model, sampling: Sampling) -> None:
+def _check_live(state: State) -> None:
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache)):
+        raise RequestError("this state was consumed by an earlier call; go on with the state which that call returned")
+
+
+def _check_sampling(model: Model, sampling: Sampling, processors: Sequence[LogitsProcessor]) -> None:
+    """Refuses what decoding would refuse, before a state is consumed."""
+    stop_token_ids(model, sampling)
+    kind_of(sampling, processors)
     if sampling.stop and model.tokenizer is None:
         raise RequestError("Sampling.stop needs a tokenizer; use stop_tokens with a model that has none")

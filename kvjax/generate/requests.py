@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ def encode_prompts(model: Model, prompts: Any) -> list[list[int]]:
     """
     if isinstance(prompts, str):
         raise RequestError(f"prompts must be a list; put the text in brackets: [{prompts[:20]!r}]")
+    if not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts must be a list of texts or of token-id lists, got {prompts!r:.80}")
     prompts = list(prompts)
     if not prompts:
         raise RequestError("prompts is empty; give at least one prompt")
@@ -35,7 +37,10 @@ def encode_prompt(model: Model, prompt: Any, index: int = 0) -> list[int]:
             raise RequestError(f"prompt {index} is text, but the model has no tokenizer; give token ids")
         ids = list(model.tokenizer.encode(prompt).ids)
     else:
-        array = np.asarray(prompt)
+        try:
+            array = np.asarray(prompt)
+        except ValueError:  # lists of unequal depth
+            array = np.asarray(None)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise RequestError(f"prompt {index} must be text or a flat list of integer token ids, got {prompt!r:.80}")
         ids = [int(token) for token in array]
@@ -57,6 +62,13 @@ def check_new_tokens(max_new_tokens: Any) -> int:
             "to only fill the cache use kvjax.prefill"
         )
     return int(max_new_tokens)
+
+
+def check_chunk(chunk: Any) -> int | None:
+    """prefill_chunk as it is, if it is None or an int of at least 1."""
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1):
+        raise RequestError(f"prefill_chunk must be None or an integer of at least 1, got {chunk!r}")
+    return None if chunk is None else int(chunk)
 
 
 def stop_token_ids(model: Model, sampling: Sampling) -> np.ndarray:

@@ -18,6 +18,7 @@ from kvjax.errors import RequestError
 from kvjax.generate.decode import forced_block
 from kvjax.generate.forward import apply, head, logits_of
 from kvjax.generate.prefill import reserve_pages, run_prompts
+from kvjax.generate.requests import check_chunk
 from kvjax.generate.run import BLOCK_STEPS
 from kvjax.generate.state import layouts_of, make_cache, out_of_pages
 from kvjax.model import Model
@@ -67,6 +68,7 @@ def score(
         prompt_length = length
     if not 1 <= prompt_length <= length:
         raise RequestError(f"prompt_length must be between 1 and the {length} tokens given, got {prompt_length}")
+    prefill_chunk = check_chunk(prefill_chunk)
     layouts = layouts_of(model, cache)
     pages = size_groups(layouts, power_of_two(batch), length, cache.memory_bytes)
     held = make_cache(layouts, power_of_two(batch), pages)

@@ -17,6 +17,7 @@ from kvjax.cache.state import Cache, empty_cache
 from kvjax.errors import OutOfPages, RequestError
 from kvjax.generate.decode import take_sequences
 from kvjax.generate.prefill import reserve_pages, run_prompts
+from kvjax.generate.requests import check_chunk
 from kvjax.model import Model
 
 
@@ -69,8 +70,9 @@ def start(
     Raises:
       OutOfPages: the prompts do not fit in the pool.
     """
+    chunk = check_chunk(chunk)
     layouts = layouts_of(model, config)
-    tokens = context or max(map(len, prompts)) + room
+    tokens = max(context or 0, max(map(len, prompts)) + room)
     pages = size_groups(layouts, power_of_two(len(prompts) * copies), tokens, config.memory_bytes)
     cache = make_cache(layouts, power_of_two(len(prompts)), pages)
     lengths = np.zeros(cache.batch, np.int32)
@@ -98,6 +100,7 @@ def append(
     Raises:
       OutOfPages: they do not fit; its `state` is the one given, unharmed.
     """
+    chunk = check_chunk(chunk)
     if len(prompts) != state.batch:
         raise RequestError(f"the state has {state.batch} sequences, got {len(prompts)} prompts; give one for each")
     pieces = [[*held[len(held) - state.pending :], *prompt] for held, prompt in zip(state.tokens, prompts, strict=True)]

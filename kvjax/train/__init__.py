@@ -1,0 +1,1 @@
+"""Data, loss and training step: what the demo model is trained with."""

@@ -15,12 +15,11 @@ def unsupported(**call: object) -> str | None:
 
 def gather(pool: jax.Array, table: jax.Array, layer: jax.Array) -> jax.Array:
     """pool [P, layers, heads, page, *], table int32[B, K or 1, N] -> one layer's slots [B, K, N * page, *]."""
-    number = jnp.maximum(table, 0)
-    if table.shape[1] == 1:
-        pages = jnp.moveaxis(pool[number[:, 0], layer[0]], 1, 2)  # [B, heads, N, page, *]
-    else:
-        pages = pool[number, layer[0], 0]  # a row of its own for each head
-    return pages.reshape(*pages.shape[:2], -1, *pages.shape[4:])
+    pages, layers, heads = pool.shape[:3]
+    # One index per page of one head, already in the order wanted: contiguous copies, and nothing to transpose after.
+    number = (jnp.maximum(table, 0) * layers + layer[0]) * heads + jnp.arange(heads)[:, None]
+    rows = pool.reshape(pages * layers * heads, -1)[number]
+    return rows.reshape(*number.shape[:2], number.shape[2] * pool.shape[3], *pool.shape[4:])
 
 
 def _dequantised(

@@ -139,6 +139,12 @@ def test_too_little_memory_says_how_much_is_enough():
         size_groups(made, 2, 1000, int(0.9 * enough))
 
 
+class Mutable(Full):
+    """A policy that cannot be a static argument."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -150,6 +156,14 @@ def test_too_little_memory_says_how_much_is_enough():
         (lambda: CacheConfig(num_pages=8, memory_bytes=10**6), "num_pages or memory_bytes, not both"),
         (lambda: CacheConfig(policy="full"), "one of kvjax.policies, got 'full'"),
         (lambda: CacheConfig(policy=Int8()), "one of kvjax.policies, got Int8"),
+        (lambda: CacheConfig(policy=TOVA), "an instance of one of kvjax.policies, got <class"),
+        (lambda: CacheConfig(codec=Int8), "an instance of one of kvjax.codecs, got <class"),
+        (lambda: CacheConfig(policy=Mutable()), "make Mutable a frozen dataclass"),
+        (
+            lambda: CacheConfig(overrides=(CacheConfig(),)),
+            "\\(layers, CacheConfig\\), got CacheConfig",
+        ),
+        (lambda: CacheConfig(overrides=((1, CacheConfig()),)), "\\(layers, CacheConfig\\), got \\(1,"),
         (lambda: CacheConfig(codec=Full()), "one of kvjax.codecs, got Full"),
         (lambda: CacheConfig(select="quest"), "no sparse reads are available yet"),
         (lambda: CacheConfig(overrides=(((), CacheConfig()),)), "non-empty"),

@@ -6,6 +6,7 @@ must be those returned, and no temporary may be anywhere near a pool's size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +49,7 @@ from tests.cache.tiny import (
 
 # Pools
 
-PAGES = 4096
+PAGES = 16384
 CONFIG = kvjax.ModelConfig(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -59,7 +60,10 @@ CONFIG = kvjax.ModelConfig(
     head_dim=64,  # as in real models, so that a page outweighs its four bytes of metadata
 )
 SMALL = 0.03
-"""Temporaries allowed, as a share of the pools. One layer's keys alone are a quarter of them, or an eighth per head."""
+"""Temporaries allowed, as a share of the pools, of which the keys of one layer and head are an eighth.
+
+One layer's prompt, which prefill layer by layer holds beside the pools, takes a hundredth of pools of this size.
+"""
 
 Shape = jax.ShapeDtypeStruct
 
@@ -115,14 +119,12 @@ def every_program() -> list[Any]:
     """(program, policy, codec): every program under every kind of row and both codecs; a part of them is not slow."""
     fast = {
         ("decode_block", Full(), DENSE),
-        ("decode_block", WINDOW, INT8),
+        ("decode_block", WINDOW, DENSE),
         ("decode_block", LOOK, DENSE),
         ("decode_block", HEAVY, INT8),
-        ("prefill_chunk", Full(), INT8),
-        ("prefill_chunk", WINDOW, DENSE),
+        ("prefill_chunk", WINDOW, INT8),
         ("prefill_layer", LOOK, INT8),
         ("prefill_layer", HEAVY, DENSE),
-        ("feed_tokens", HEAVY, DENSE),
         ("reserve_pages", HEAVY, INT8),
     }
     cases = []
@@ -204,18 +206,19 @@ def compilations() -> Iterator[list[str]]:
 @pytest.mark.parametrize(
     ("policy", "batch", "context", "sampling"),
     [
-        (Full(), 2, 128, Sampling(temperature=0.5, top_k=5)),
-        (STREAM, 1, 256, Sampling()),
-        (HEAVY, 1, 256, Sampling()),
+        (Full(), 2, 128, Sampling()),
+        (HEAVY, 1, 256, Sampling(temperature=0.5, top_k=5)),
+        pytest.param(STREAM, 1, 256, Sampling(), marks=pytest.mark.slow),
         pytest.param(Full(), 4, 256, Sampling(n=2, temperature=1.0), marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_nothing_compiles_after_warm_up(compilations, policy, batch, context, sampling):
+    # One layer, which no other test has: these programs are new to this process, and quickly compiled.
+    model = model_of(dataclasses.replace(MODEL.config, num_layers=1, windows=()))
     cache = CacheConfig(page_size=4, policy=policy)
-    compiled = kvjax.warmup(MODEL, cache, batch=batch, context=context, sampling=sampling, prefill_chunk=CHUNK)
-    assert compiled <= len(compilations)
-    assert compilations, "the listener hears compilations, unless this process has seen all these programs"
+    compiled = kvjax.warmup(model, cache, batch=batch, context=context, sampling=sampling, prefill_chunk=CHUNK)
+    assert 0 < compiled <= len(compilations)
     compilations.clear()
     tokens = random_tokens(1, context).tolist()
     other = (
@@ -224,7 +227,7 @@ def test_nothing_compiles_after_warm_up(compilations, policy, batch, context, sa
     for lengths, new in (((3,), 1), ((70,), 40), ((context - 28,), 28), ((1, 90), 17), ((5, 2, 64), 33)):
         if len(lengths) <= batch:
             prompts = [tokens[:length] for length in lengths]
-            out = kvjax.generate(MODEL, prompts, new, cache, other, seed=new, prefill_chunk=CHUNK)
+            out = kvjax.generate(model, prompts, new, cache, other, seed=new, prefill_chunk=CHUNK)
             assert all(len(generated) == new for generated in out.tokens)
             assert out.stats.compiles == 0
     assert compilations == []
