@@ -15,9 +15,20 @@ from kvjax.cache.config import CacheConfig
 from kvjax.cache.layout import KVSpec
 from kvjax.errors import ConfigError
 
-__all__ = ["CacheConfig", "MeshConfig", "ModelConfig", "RopeScaling", "Sampling", "build", "read_toml"]
+__all__ = [
+    "CacheConfig",
+    "Experts",
+    "Latent",
+    "LayerKind",
+    "MeshConfig",
+    "ModelConfig",
+    "RopeScaling",
+    "Sampling",
+    "build",
+    "read_toml",
+]
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "inclusive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +37,8 @@ class RopeScaling:
 
     kind "default" leaves them alone; "linear" divides by `factor` (Chen et al. 2023); "llama3" stretches low
     frequencies only (Llama 3.1); "yarn" ramps between both and scales cos and sin by `attention_factor` (Peng et al.
-    2023, 2309.00071).
+    2023, 2309.00071); "longrope" divides each pair's frequency by its own number, `long_factor` where `long`, else
+    `short_factor` (Ding et al. 2024, 2402.13753); "inclusive" spaces exponents from 0 to 1, both included (YOCO).
     """
 
     kind: str = "default"
@@ -38,13 +50,18 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    long: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("short_factor", "long_factor"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in ROPE_KINDS:
             raise ConfigError(f"rope scaling kind {self.kind!r} is unknown; allowed: {', '.join(ROPE_KINDS)}")
         if not self.factor > 0:
             raise ConfigError(f"rope scaling factor must be positive, got {self.factor}")
-        if self.kind in ("llama3", "yarn") and self.original_max_position_embeddings <= 0:
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_max_position_embeddings <= 0:
             raise ConfigError(f"rope scaling {self.kind!r} needs original_max_position_embeddings > 0")
         if self.kind == "yarn" and not self.beta_fast > self.beta_slow > 0:
             raise ConfigError(
@@ -58,15 +75,146 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2 2024, 2405.04434).
+
+    Attributes:
+      kv_lora_rank: width of the latent that stands for all heads' keys and values.
+      q_lora_rank: width of the query's own bottleneck; None: queries come straight from the hidden state.
+      qk_nope_head_dim, qk_rope_head_dim: columns of a head's query and key without and with position.
+      v_head_dim: columns of a head's value.
+      interleaved: RoPE turns channels (2i, 2i + 1) together, as DeepSeek's weights want; else (i, i + D/2).
+      norm_eps: of the norms on the latents, which DeepSeek fixes whatever the model's own is.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    interleaved: bool = True
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"):
+            value = getattr(self, name)
+            if not (value is None and name == "q_lora_rank") and (not isinstance(value, int) or value <= 0):
+                raise ConfigError(f"latent {name} must be a positive integer, got {value!r}")
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"latent qk_rope_head_dim must be even (RoPE turns pairs), got {self.qk_rope_head_dim}")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Columns of a head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def key_dim(self) -> int:
+        """Columns of what is cached: the latent and the rotated part, one for all heads."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Mixture of experts in place of the feed-forward block (Shazeer et al. 2017, 1701.06538).
+
+    Attributes:
+      count, per_token: experts of a layer, and how many each token goes through.
+      intermediate_size: width of one expert; shared_intermediate_size: of the one every token goes through (0: none).
+      dense_layers: layers that have a plain feed-forward block instead.
+      scoring: "softmax" over all experts, or "sigmoid" of each.
+      normalize: the weights of the chosen are divided by their sum; scaling_factor multiplies them afterwards.
+      groups, groups_per_token: experts are chosen from the best groups only (DeepSeek-V2); group_score: a group is as
+        good as its best expert ("max") or its two best together ("top2").
+      selection_bias: a learned bias that counts for the choice but not for the weight (DeepSeek-V3 2024, 2412.19437).
+      router_bias, bias: the router, the experts' projections have biases.
+      limit: gpt-oss' gated unit, clamped to this; None: the model's activation.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+    scoring: str = "softmax"
+    normalize: bool = True
+    scaling_factor: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
+    group_score: str = "max"
+    selection_bias: bool = False
+    router_bias: bool = False
+    bias: bool = False
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if self.count < 1 or not 1 <= self.per_token <= self.count or self.intermediate_size < 1:
+            raise ConfigError(
+                "experts need count >= 1, 1 <= per_token <= count and a positive intermediate_size, got "
+                f"{self.count}, {self.per_token} and {self.intermediate_size}"
+            )
+        if self.scoring not in ("softmax", "sigmoid") or self.group_score not in ("max", "top2"):
+            raise ConfigError(
+                'experts scoring is "softmax" or "sigmoid" and group_score "max" or "top2", got '
+                f"{self.scoring!r} and {self.group_score!r}"
+            )
+        if self.groups < 1 or self.count % self.groups or not 1 <= self.groups_per_token <= self.groups:
+            raise ConfigError(
+                f"experts groups must divide count {self.count} and groups_per_token be 1 to groups, got {self.groups} "
+                f"and {self.groups_per_token}"
+            )
+        if self.per_token > self.groups_per_token * (self.count // self.groups):
+            raise ConfigError(
+                f"experts per_token {self.per_token} exceeds the {self.groups_per_token * (self.count // self.groups)} "
+                "experts of the groups chosen"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What tells one layer of a model from another; layers of one kind share compilations.
+
+    Attributes:
+      sparse: experts instead of a plain feed-forward block.
+      reads: has no keys and values of its own and attends to another layer's.
+      retains: has gated retention in place of attention.
+      local: sees only a window, and turns by `local_rope_theta` where the model has one.
+    """
+
+    sparse: bool = False
+    reads: bool = False
+    retains: bool = False
+    local: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: MHA, GQA or MQA with RoPE, RMSNorm and SwiGLU.
+    """A decoder-only transformer: MHA, GQA, MQA or MLA with RoPE, RMSNorm, and SwiGLU or experts.
 
     Attributes:
       family: the Hugging Face `model_type` it is read from and written as.
       head_dim: per-head width; None means hidden_size / num_heads.
       windows: per layer, how many positions it sees (None: all). Empty means every layer sees all.
       qkv_bias: biases on q, k and v; o_bias, mlp_bias: on the output projection and the MLP.
-      qk_norm: RMSNorm over head_dim on q and k before rotation (Qwen3).
+      qk_norm: RMSNorm over head_dim on q and k before rotation (Qwen3); qk_norm_whole: over all heads at once (OLMo-2).
+      activation: of the gate, "silu", "gelu" or "gelu_tanh".
+      norm_placement: "pre" normalises what a block reads, "post" what it gives (OLMo-2), "sandwich" both (Gemma 2).
+      norm_unit_offset: norms multiply by 1 + scale (Gemma).
+      embedding_scale: factor on embeddings (Gemma: the root of hidden_size).
+      query_scale: factor on attention scores; None: one over the root of the head's width.
+      attention_soft_cap, logit_soft_cap: scores, logits x become cap * tanh(x / cap).
+      attention_sinks: a learned logit per head that takes attention and gives nothing (gpt-oss).
+      rope_interleaved: RoPE turns channels (2i, 2i + 1) together.
+      rotary_fraction: the part of each head that RoPE turns, from its first channel on (Phi-3).
+      local_rope_theta: RoPE base of windowed layers, which is then not scaled (Gemma 3); None: the same for all.
+      latent: multi-head latent attention; head_dim then plays no part.
+      experts: mixture of experts.
+      owners: per layer, the layer whose keys and values it reads, itself or an earlier one that is its own owner (CLA,
+        Brandon et al. 2024, 2405.12981). Empty means every layer has its own.
+      retention_layers: layers with gated retention, a state of one size, in place of attention.
+      cross_from: layers from this one on read one set of keys and values, made from the hidden state that this layer is
+        given (YOCO, Sun et al. 2024, 2405.05254); a prompt's tokens but the last need not pass through them.
       dtype: the checkpoint's own dtype, "float32", "bfloat16" or "float16".
       eos_token_ids: tokens that end a text.
       extra: remaining fields of the checkpoint's config, kept as JSON so that saving writes them back.
@@ -87,6 +235,23 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    activation: str = "silu"
+    norm_placement: str = "pre"
+    norm_unit_offset: bool = False
+    embedding_scale: float = 1.0
+    query_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    attention_sinks: bool = False
+    rope_interleaved: bool = False
+    rotary_fraction: float = 1.0
+    local_rope_theta: float | None = None
+    latent: Latent | None = None
+    experts: Experts | None = None
+    owners: tuple[int, ...] = ()
+    retention_layers: tuple[int, ...] = ()
+    cross_from: int | None = None
     tie_word_embeddings: bool = False
     windows: tuple[int | None, ...] = ()
     max_position_embeddings: int = 4096
@@ -119,10 +284,85 @@ class ModelConfig:
             raise ConfigError(f"windows has {len(self.windows)} entries for {self.num_layers} layers")
         if any(w is not None and (not isinstance(w, int) or w <= 0) for w in self.windows):
             raise ConfigError(f"every window must be None or a positive integer, got {self.windows}")
+        self._check_choices()
+        self._check_owners()
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if not self.rope_theta > 1 or not math.isfinite(self.rope_theta):
             raise ConfigError(f"rope_theta must be finite and greater than 1, got {self.rope_theta}")
+
+    def _check_choices(self) -> None:
+        """Fields with few allowed values, and factors."""
+        choices = {
+            "activation": ("silu", "gelu", "gelu_tanh"),
+            "norm_placement": ("pre", "post", "sandwich"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("query_scale", "attention_soft_cap", "logit_soft_cap", "local_rope_theta", "embedding_scale"):
+            value = getattr(self, name)
+            if value is not None and (not math.isfinite(value) or value <= 0):
+                raise ConfigError(f"{name} must be a finite positive number, got {value!r}")
+        if not 0 < self.rotary_fraction <= 1 or self.rotary_width % 2 or self.rotary_width == 0:
+            raise ConfigError(
+                f"rotary_fraction must be in (0, 1] and turn an even number of channels, got {self.rotary_fraction} of "
+                f"{self.width}"
+            )
+        if self.latent is not None and (self.qk_norm or self.qk_norm_whole or self.rotary_fraction != 1):
+            raise ConfigError(
+                "latent attention has norms and rotated channels of its own: drop qk_norm, rotary_fraction"
+            )
+        if self.qk_norm and self.qk_norm_whole:
+            raise ConfigError("qk_norm and qk_norm_whole exclude each other")
+        for layer in self.experts.dense_layers if self.experts else ():
+            if not 0 <= layer < self.num_layers:
+                raise ConfigError(f"experts.dense_layers names layer {layer} of {self.num_layers}")
+
+    def _check_owners(self) -> None:
+        """Owners are earlier layers, own themselves, and see as far as their readers."""
+        for name in ("owners", "retention_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_cross()
+        if self.owners == tuple(range(self.num_layers)):
+            object.__setattr__(self, "owners", ())
+        if not self.owners:
+            return
+        if len(self.owners) != self.num_layers:
+            raise ConfigError(f"owners has {len(self.owners)} entries for {self.num_layers} layers")
+        for layer, owner in enumerate(self.owners):
+            if layer in self.retention_layers:
+                continue
+            if not 0 <= owner <= layer or self.owners[owner] != owner:
+                raise ConfigError(
+                    f"owners[{layer}] is {owner}; it must be the layer itself or an earlier one that owns itself"
+                )
+            if self.windows[layer] != self.windows[owner]:
+                raise ConfigError(
+                    f"layer {layer} sees {self.windows[layer]} positions and reads layer {owner}, which sees "
+                    f"{self.windows[owner]}; layers that share keys and values must have the same window"
+                )
+        if self.latent is not None:
+            raise ConfigError("owners with latent attention is not implemented; give every layer its own latent")
+
+    def _check_cross(self) -> None:
+        """A cross-decoder and retention layers say themselves who owns what: -1 for a layer without keys."""
+        if self.cross_from is None and not self.retention_layers:
+            return
+        first = self.num_layers if self.cross_from is None else self.cross_from
+        if self.cross_from is not None and not 0 < first < self.num_layers:
+            raise ConfigError(f"cross_from must be 1 to {self.num_layers - 1}, got {self.cross_from}")
+        wrong = [layer for layer in self.retention_layers if not 0 <= layer < first]
+        if wrong:
+            raise ConfigError(f"retention_layers names layer {wrong[0]}; allowed: 0 to {first - 1}")
+        if len(self.retention_layers) == self.num_layers:
+            raise ConfigError("retention_layers names every layer; at least one must have keys and values to cache")
+        if self.latent is not None or any(self.windows[first:]):
+            raise ConfigError("a cross-decoder has neither latent attention nor windows")
+        owners = tuple(-1 if layer in self.retention_layers else min(layer, first) for layer in range(self.num_layers))
+        if self.owners not in ((), owners):
+            raise ConfigError(f"owners {self.owners} contradicts cross_from and retention_layers, which mean {owners}")
+        object.__setattr__(self, "owners", owners)
 
     @property
     def width(self) -> int:
@@ -131,13 +371,77 @@ class ModelConfig:
         return self.head_dim
 
     @property
+    def rotary_width(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return self.latent.qk_rope_head_dim if self.latent else int(self.width * self.rotary_fraction)
+
+    @property
+    def owning_layers(self) -> tuple[int, ...]:
+        """Layers with keys and values of their own, ascending; a layer's place here is its number in the cache."""
+        return tuple(sorted(set(self.owners) - {-1})) if self.owners else tuple(range(self.num_layers))
+
+    def cache_layer(self, layer: int) -> int:
+        """Where a model layer's keys and values are: its owner's place among `owning_layers`.
+
+        Of a layer with retention, its place among those.
+        """
+        if layer in self.retention_layers:
+            return self.retention_layers.index(layer)
+        return self.owning_layers.index(self.owners[layer]) if self.owners else layer
+
+    @property
+    def cache_windows(self) -> tuple[int | None, ...]:
+        """`windows` of the owning layers."""
+        return tuple(self.windows[layer] for layer in self.owning_layers)
+
+    def kind(self, layer: int) -> LayerKind:
+        """What kind of layer this is."""
+        owner = self.owners[layer] if self.owners else layer
+        return LayerKind(
+            sparse=self.experts is not None and layer not in self.experts.dense_layers,
+            reads=0 <= owner < layer or layer == self.cross_from,
+            retains=layer in self.retention_layers,
+            local=self.local_rope_theta is not None and self.windows[layer] is not None,
+        )
+
+    @property
+    def segments(self) -> tuple[tuple[int, ...], ...]:
+        """Layers in the smallest consecutive runs that share keys and values only among themselves."""
+        runs: list[tuple[int, ...]] = []
+        owners = self.owners or tuple(range(self.num_layers))
+        first = 0
+        while first < self.num_layers:
+            last, layer = first, first
+            while layer <= last:
+                last = max(reader for reader, owner in enumerate(owners) if owner == layer or reader == last)
+                layer += 1
+            runs.append(tuple(range(first, last + 1)))
+            first = last + 1
+        return tuple(runs)
+
+    @property
+    def recurrent_shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Per layer with a state, the shapes of its float32 arrays without the batch."""
+        return (((self.num_heads, self.width, self.width),),) * len(self.retention_layers)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are of one kind, so that they can be scanned over."""
+        return not self.owners and len({self.kind(layer) for layer in range(self.num_layers)}) == 1
+
+    @property
     def kv_spec(self) -> KVSpec:
         """What the cache must hold for this model."""
-        return KVSpec(layers=self.num_layers, kv_heads=self.num_kv_heads, key_dim=self.width, value_dim=self.width)
+        layers = len(self.owning_layers)
+        if self.latent is not None:
+            return KVSpec(layers, 1, self.latent.key_dim, self.latent.kv_lora_rank, value_in_key=True)
+        return KVSpec(layers, self.num_kv_heads, self.width, self.width)
 
     @property
     def attention_kind(self) -> str:
-        """ "MHA", "GQA" or "MQA"."""
+        """ "MHA", "GQA", "MQA" or "MLA"."""
+        if self.latent is not None:
+            return "MLA"
         if self.num_kv_heads == self.num_heads:
             return "MHA"
         return "MQA" if self.num_kv_heads == 1 else "GQA"
@@ -154,10 +458,13 @@ class ModelConfig:
         values = dict(table)
         if isinstance(values.get("rope_scaling"), dict):
             values["rope_scaling"] = build(RopeScaling, values["rope_scaling"], f"{source}: rope_scaling")
+        for name, kind in (("latent", Latent), ("experts", Experts)):
+            if isinstance(values.get(name), dict):
+                values[name] = build(kind, values[name], f"{source}: {name}")
         window = values.pop("sliding_window", None)
         if window is not None and "windows" not in values:
             values["windows"] = (window,) * int(values.get("num_layers", 0))
-        for name in ("windows", "eos_token_ids"):
+        for name in ("windows", "eos_token_ids", "owners", "retention_layers"):
             if name in values:
                 # TOML has no null: 0 stands for "sees everything".
                 values[name] = tuple(v or None if name == "windows" else v for v in values[name])

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kvjax.attention.dense import DenseAttend
 from kvjax.config import ModelConfig
@@ -69,10 +68,10 @@ def init(config: ModelConfig | str | Path, seed: int = 0, dtype: Any = None) -> 
     def draw(path: Any, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         name = path[-1].key
         if name == "scale":
-            return jnp.ones(shape, wanted)
-        if name == "bias":
+            return jnp.full(shape, 0 if config.norm_unit_offset else 1, wanted)
+        if name in ("bias", "selection_bias", "sinks"):
             return jnp.zeros(shape, wanted)
-        spread = 0.02 if name == "embedding" else float(np.prod(shape[:-1])) ** -0.5
+        spread = 0.02 if name == "embedding" else shape[-2] ** -0.5
         return (spread * jax.random.normal(key, shape, jnp.float32)).astype(wanted)
 
     arrays = [draw(path, leaf.shape, key) for (path, leaf), key in zip(leaves, keys, strict=True)]

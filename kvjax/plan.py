@@ -28,6 +28,7 @@ class Plan:
       pages: pages in use, per group of layers that share a pool.
       total_bytes: bytes of the pages in use, the last page of each row rounded up.
       pool_bytes: bytes `kvjax.generate` allocates for such a call: sizes that nobody fixed round up to powers of two.
+      recurrent_bytes: bytes of what layers without keys and values remember, whatever the context.
       layouts: the groups themselves.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     pages: tuple[int, ...]
     total_bytes: int
     pool_bytes: int
+    recurrent_bytes: int
     layouts: tuple[GroupLayout, ...] = dataclasses.field(repr=False)
 
     def bytes_at(self, tokens: int) -> int:
@@ -84,9 +86,10 @@ def plan(
     if context < 1 or batch < 1:
         raise ConfigError(f"plan needs context and batch of at least 1, got {context} and {batch}")
     if isinstance(config, ModelConfig):
-        spec, windows, own = config.kv_spec, config.windows, config.dtype
+        spec, windows, own = config.kv_spec, config.cache_windows, config.dtype
+        states = sum(math.prod(shape) for shapes in config.recurrent_shapes for shape in shapes)
     else:
-        spec, windows, own = config, (), "bfloat16"
+        spec, windows, own, states = config, (), "bfloat16", 0
     layouts = group_layers(spec, windows, cache, dtype or own)
     pages = tuple(batch * layout.pages_per_sequence(context) for layout in layouts)
     per_layer = {
@@ -104,6 +107,7 @@ def plan(
         pages=pages,
         total_bytes=sum(per_layer.values()),
         pool_bytes=sum(count * layout.page_bytes for layout, (_, count) in zip(layouts, pools, strict=True)),
+        recurrent_bytes=4 * batch * states,
         layouts=layouts,
     )
 

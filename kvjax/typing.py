@@ -21,7 +21,7 @@ Axis letters, used in every shape comment and docstring:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -31,3 +31,18 @@ Params: TypeAlias = dict[str, Any]
 
 Rotate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """rotate(x[B, T, heads, D], positions int32[B, T]) -> x rotated to those positions (RoPE)."""
+
+KeyValue: TypeAlias = tuple[jax.Array, jax.Array]
+"""k [B, T, K, D] and v [B, T, K, Dv] of one layer's new tokens, unrotated."""
+
+
+class Scoring(NamedTuple):
+    """What some models do to attention scores beside scaling them.
+
+    Attributes:
+      soft_cap: scores x become soft_cap * tanh(x / soft_cap), before masking; None: they stay.
+      sinks: a learned logit per query head [H] that takes its part of the attention and gives nothing; None: none.
+    """
+
+    soft_cap: float | None = None
+    sinks: jax.Array | None = None

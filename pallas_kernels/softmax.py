@@ -19,9 +19,20 @@ def visible(positions: jax.Array, q_positions: jax.Array, window: jax.Array | in
 def scores(q: jax.Array, k: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
     """q [B, T, H, D], k [B, K, S, D] -> float32[B, K, G, T, S], scaled; query head h reads KV head h // G."""
     batch, tokens, heads, width = q.shape
-    grouped = q.reshape(batch, tokens, k.shape[1], heads // k.shape[1], width)
-    result = scale * jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    kv_heads, slots = k.shape[1:3]
+    # Plain batched matrices: given more axes, the compiler transposes the keys, the larger side, for every product.
+    rows = jnp.moveaxis(q.reshape(batch, tokens, kv_heads, -1, width), 1, 3).reshape(batch, kv_heads, -1, width)
+    result = scale * jnp.einsum("bkmd,bksd->bkms", rows, k, preferred_element_type=jnp.float32)
+    result = result.reshape(batch, kv_heads, heads // kv_heads, tokens, slots)
     return result if soft_cap is None else soft_cap * jnp.tanh(result / soft_cap)
+
+
+def weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """weights [B, K, G, T, S], v [B, K, S, Dv] -> float32[B, K, G, T, Dv]."""
+    batch, kv_heads, group, tokens, slots = weights.shape
+    rows = weights.astype(v.dtype).reshape(batch, kv_heads, group * tokens, slots)
+    out = jnp.einsum("bkms,bksd->bkmd", rows, v, preferred_element_type=jnp.float32)
+    return out.reshape(batch, kv_heads, group, tokens, v.shape[-1])
 
 
 def log_sum_exp(masked: jax.Array) -> jax.Array:
@@ -55,8 +66,7 @@ def softmax_attention(
     """q [B,T,H,D], k [B,K,S,D], v [B,K,S,Dv], mask bool like [B,K,G,T,S] -> out [B,T,H,Dv], lse f32[B,T,H]."""
     masked = jnp.where(mask, scores(q, k, scale, soft_cap), -jnp.inf)
     lse = log_sum_exp(masked)
-    weights = probabilities(masked, lse).astype(v.dtype)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weights, v, preferred_element_type=jnp.float32)
+    out = weighted(probabilities(masked, lse), v)
     return heads_last(out.astype(q.dtype)), heads_last(lse)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.typing import Rotate
+from kvjax.attention.partial import merged
+from kvjax.typing import Rotate, Scoring
 from pallas_kernels import attention
 
 
@@ -34,12 +35,16 @@ class DenseAttend:
         layer: Any,
         q: jax.Array,
         k: jax.Array,
-        v: jax.Array,
+        v: jax.Array | None,
         positions: jax.Array,
         rotate: Rotate,
+        *,
+        scoring: Scoring = Scoring(),
+        write: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """q [B,T,H,D], k and v [B,T,K,D], positions int32[B,T] -> out [B,T,H,D]."""
-        out, _ = attention(
+        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], positions int32[B,T] -> out [B,T,H,Dv]."""
+        assert v is not None, "without a cache every head has values of its own"
+        part = attention(
             rotate(q, positions),
             rotate(k, positions),
             v,
@@ -47,9 +52,24 @@ class DenseAttend:
             window=self._window(layer),
             positions=positions,
             q_positions=positions,
+            soft_cap=scoring.soft_cap,
             backend=self.backend,
         )
-        return out, cache
+        return merged([part], scoring.sinks)[0], cache
+
+    def put(
+        self, cache: Any, layer: Any, k: jax.Array, v: jax.Array | None, positions: jax.Array, rotate: Rotate
+    ) -> Any:
+        """Nothing to store: readers are given the keys and values."""
+        return cache
+
+    def state(self, cache: Any, layer: int) -> None:
+        """Whole texts begin with nothing."""
+        return None
+
+    def keep(self, cache: Any, layer: int, state: tuple[jax.Array, ...]) -> Any:
+        """Nothing follows."""
+        return cache
 
     def end(self, cache: Any) -> Any:
         """Nothing to finish."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.attention.partial import attend_among, covered, turned
+from kvjax.attention.partial import attend_among, covered, merged, turned
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.policies.protocol import Read
 from kvjax.cache.state import Cache, Group, with_victims
-from kvjax.cache.write import layer_rows, place, place_in_page, update_layer_rows, write
-from kvjax.typing import Rotate
-from pallas_kernels import merge, paged_attention, paged_weights
+from kvjax.cache.write import layer_rows, place, place_in_page, update_layer_rows
+from kvjax.cache.write import write as store
+from kvjax.typing import Rotate, Scoring
+from pallas_kernels import paged_attention, paged_weights
 
 
 @jax.tree_util.register_dataclass
@@ -28,12 +29,27 @@ class Step:
       before: per group, the group's positions and lengths before this step, for chunks that may overwrite what their
         own first queries still need; None where writing first is safe.
       active: bool[B], sequences that have a token in this step.
+      pending: layer -> its encoded keys and values and their slots, which `end` writes: other layers may still read
+        what they will overwrite.
+      order: int32[], zero, known once every layer so far has read.
     """
 
     cache: Cache
     slots: tuple[jax.Array, ...]
     before: tuple[tuple[jax.Array, jax.Array] | None, ...]
     active: jax.Array
+    pending: dict[int, tuple[Encoded, Encoded | None, jax.Array]] = dataclasses.field(default_factory=dict)
+    order: jax.Array | int = 0
+
+
+class _Call(NamedTuple):
+    """What one layer asks: its index in the group, queries [B,T,H,D] unrotated, their positions, how it scores."""
+
+    index: Any
+    q: jax.Array
+    positions: jax.Array
+    rotate: Rotate
+    scoring: Scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +65,7 @@ class PagedAttend:
     """
 
     backend: str | None = None
+    latent: ClassVar[bool] = True
 
     def begin(self, cache: Cache, tokens: jax.Array, positions: jax.Array) -> Step:
         """positions int32[B, T], -1 is padding. Decides where every token lands, in every row."""
@@ -63,7 +80,36 @@ class PagedAttend:
             slots.append(landing)
             before.append((group.position, group.length) if chunk and not policy.append_only else None)
         seen = cache.seen + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
-        return Step(Cache(tuple(groups), seen), tuple(slots), tuple(before), jnp.any(positions >= 0, axis=1))
+        renewed = dataclasses.replace(cache, groups=tuple(groups), seen=seen)
+        return Step(renewed, tuple(slots), tuple(before), jnp.any(positions >= 0, axis=1))
+
+    def resume(self, cache: Cache, positions: jax.Array) -> Step:
+        """A pass that adds no token: positions int32[B, T] of queries whose keys and values are held already."""
+        return Step(cache, (), (None,) * len(cache.groups), jnp.any(positions >= 0, axis=1))
+
+    def put(
+        self, cache: Step, layer: int, k: jax.Array, v: jax.Array | None, positions: jax.Array, rotate: Rotate
+    ) -> Step:
+        """Stores a layer's keys and values, unrotated, for calls with write False to read."""
+        number, index = cache.cache.locate(layer)
+        group = cache.cache.groups[number]
+        codec = group.layout.codec
+        key, value = codec.encode(rotate(k, positions)), None if v is None else codec.encode(v)
+        slots = layer_rows(group, cache.slots[number], index)
+        if cache.before[number] is not None:
+            return dataclasses.replace(cache, pending={**cache.pending, layer: (key, value, slots)})
+        group = store(group, index, slots, key, value)
+        groups = (*cache.cache.groups[:number], group, *cache.cache.groups[number + 1 :])
+        return dataclasses.replace(cache, cache=dataclasses.replace(cache.cache, groups=groups))
+
+    def state(self, cache: Step, layer: int) -> tuple[jax.Array, ...]:
+        """What the recurrent layer of this number remembers."""
+        return cache.cache.recurrent[layer]
+
+    def keep(self, cache: Step, layer: int, state: tuple[jax.Array, ...]) -> Step:
+        """Replaces what it remembers."""
+        states = (*cache.cache.recurrent[:layer], state, *cache.cache.recurrent[layer + 1 :])
+        return dataclasses.replace(cache, cache=dataclasses.replace(cache.cache, recurrent=states))
 
     def __call__(
         self,
@@ -71,53 +117,68 @@ class PagedAttend:
         layer: Any,
         q: jax.Array,
         k: jax.Array,
-        v: jax.Array,
+        v: jax.Array | None,
         positions: jax.Array,
         rotate: Rotate,
+        *,
+        scoring: Scoring = Scoring(),
+        write: bool = True,
     ) -> tuple[jax.Array, Step]:
-        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv] unrotated, positions int32[B,T] -> out [B,T,H,Dv], the step."""
+        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv] unrotated, positions int32[B,T] -> out [B,T,H,Dv], the step.
+
+        With write False, k and v are those that the layer has been given before: only q is new.
+        """
         number, index = cache.cache.locate(layer)
-        group = cache.cache.groups[number]
-        layout = group.layout
-        slots = layer_rows(group, cache.slots[number], index)
-        key = layout.codec.encode(rotate(k, positions))
-        value = None if layout.spec.value_in_key else layout.codec.encode(v)
-        before = cache.before[number]
+        group, before = cache.cache.groups[number], cache.before[number]
+        codec = group.layout.codec
+        pending, order = dict(cache.pending), cache.order
+        if write or before is not None:
+            key = codec.encode(rotate(k, positions))
+            value = None if v is None else codec.encode(v)
+        call = _Call(index, q, positions, rotate, scoring)
         if before is None:
-            group = write(group, index, slots, key, value)
-            out, group = self._read(group, index, q, positions, rotate, cache.active)
+            if write:
+                group = store(group, index, layer_rows(group, cache.slots[number], index), key, value)
+            out, group = self._read(group, call, cache.active, observe=write)
         else:
-            out = self._read_then_self(group, before, index, q, key, value, positions, rotate)
-            group = write(group, index, after(slots, out), key, value)
+            out = self._read_then_self(group, before, call, key, value)
+            slots = pending[layer][2] if not write else layer_rows(group, cache.slots[number], index)
+            if isinstance(layer, int):
+                pending[layer] = key, value, slots
+                order = order + after(jnp.zeros((), jnp.int32), out)
+            else:
+                group = store(group, index, after(slots, out), key, value)
         groups = (*cache.cache.groups[:number], group, *cache.cache.groups[number + 1 :])
-        return out, dataclasses.replace(cache, cache=dataclasses.replace(cache.cache, groups=groups))
+        renewed = dataclasses.replace(cache.cache, groups=groups)
+        return out, dataclasses.replace(cache, cache=renewed, pending=pending, order=order)
 
     def end(self, cache: Step) -> Cache:
-        """Marks what the next token overwrites."""
-        return with_victims(cache.cache)
+        """Writes what waited, and marks what the next token overwrites."""
+        groups = list(cache.cache.groups)
+        for layer, (key, value, slots) in cache.pending.items():
+            number, index = cache.cache.locate(layer)
+            groups[number] = store(groups[number], index, slots + cache.order, key, value)
+        return with_victims(dataclasses.replace(cache.cache, groups=tuple(groups)))
 
-    def _read(
-        self, group: Group, index: Any, q: jax.Array, positions: jax.Array, rotate: Rotate, active: jax.Array
-    ) -> tuple[jax.Array, Group]:
+    def _read(self, group: Group, call: _Call, active: jax.Array, observe: bool) -> tuple[jax.Array, Group]:
         """Attention over what is held, the new tokens included; scores follow where the policy wants them."""
-        layout = group.layout
+        layout, index = group.layout, call.index
         reads = layout.policy.reads(layout.window)
-        parts = [
-            self._partial(group, group.position, group.length, index, read, q, positions, rotate) for read in reads
-        ]
-        out, lse = parts[0] if len(parts) == 1 else merge(*(jnp.stack(part) for part in zip(*parts, strict=True)))
-        if not layout.policy.observes:
+        parts = [self._partial(group, group.position, group.length, read, call) for read in reads]
+        out, lse = merged(parts, call.scoring.sinks)
+        if not (layout.policy.observes and observe):
             return out, group
         weights = paged_weights(
-            rotate(q, positions),
+            call.rotate(call.q, call.positions),
             group.k.values,
             *_rows(group, group.length, index),
             lse=lse,
-            row_weights=jnp.ones(positions.shape, jnp.float32),
+            row_weights=jnp.ones(call.positions.shape, jnp.float32),
             layer=place_in_page(group, index),
             positions=_by_row(layer_rows(group, group.position, index)),
-            q_positions=positions,
+            q_positions=call.positions,
             window=layout.window,
+            soft_cap=call.scoring.soft_cap,
             k_scale=group.k.scale,
             k_min=group.k.minimum,
             backend=self.backend,
@@ -128,38 +189,23 @@ class PagedAttend:
         return after(out, weights), dataclasses.replace(group, row_state=state)
 
     def _read_then_self(
-        self,
-        group: Group,
-        before: tuple[jax.Array, jax.Array],
-        index: Any,
-        q: jax.Array,
-        key: Encoded,
-        value: Encoded | None,
-        positions: jax.Array,
-        rotate: Rotate,
+        self, group: Group, before: tuple[jax.Array, jax.Array], call: _Call, key: Encoded, value: Encoded | None
     ) -> jax.Array:
         """A chunk's attention: to what was held before it, and to itself as it will be read back."""
-        layout = group.layout
+        layout, q, positions = group.layout, call.q, call.positions
         reads = layout.policy.reads(layout.window)
-        parts = [self._partial(group, *before, index, read, q, positions, rotate) for read in reads]
+        parts = [self._partial(group, *before, read, call) for read in reads]
         k = layout.codec.decode(key, q.dtype)
         v = k[..., : layout.spec.value_dim] if value is None else layout.codec.decode(value, q.dtype)
-        parts.append(attend_among(q, k, v, positions, positions, reads, rotate, self.backend))
-        return merge(*(jnp.stack(part) for part in zip(*parts, strict=True)))[0]
+        cap = call.scoring.soft_cap
+        parts.append(attend_among(q, k, v, positions, positions, reads, call.rotate, cap, self.backend))
+        return merged(parts, call.scoring.sinks)[0]
 
     def _partial(
-        self,
-        group: Group,
-        position: jax.Array,
-        length: jax.Array,
-        index: Any,
-        read: Read,
-        q: jax.Array,
-        positions: jax.Array,
-        rotate: Rotate,
+        self, group: Group, position: jax.Array, length: jax.Array, read: Read, call: _Call
     ) -> tuple[jax.Array, jax.Array]:
         """One read over the pool, as positions and lengths [R, B, ...] describe it."""
-        layout = group.layout
+        layout, index = group.layout, call.index
         table, lengths = _rows(group, length, index)
         places = _by_row(layer_rows(group, position, index))
         if read.slots is not None:
@@ -167,15 +213,16 @@ class PagedAttend:
             table, places = table[..., :pages], places[..., : pages * layout.page_size]
         simple = layout.policy.in_order and read.first == 0 and read.last is None
         return paged_attention(
-            rotate(q, turned(positions, read)),
+            call.rotate(call.q, turned(call.positions, read)),
             group.k.values,
             None if group.v is None else group.v.values,
             table,
             lengths,
             layer=place_in_page(group, index),
             positions=None if simple else covered(places, read),
-            q_positions=positions,
+            q_positions=call.positions,
             window=read.window,
+            soft_cap=call.scoring.soft_cap,
             value_dim=layout.spec.value_dim if group.v is None else None,
             k_scale=group.k.scale,
             k_min=group.k.minimum,

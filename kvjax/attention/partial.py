@@ -33,6 +33,7 @@ def attend_among(
     q_positions: jax.Array,
     reads: Sequence[Read],
     rotate: Rotate,
+    soft_cap: float | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of unrotated q [B,T,H,D] to rotated k, v [B,S,K,*] under a policy's reads.
@@ -48,10 +49,21 @@ def attend_among(
             window=read.window,
             positions=covered(positions, read),
             q_positions=q_positions,
+            soft_cap=soft_cap,
             backend=backend,
         )
         for read in reads
     ]
-    if len(parts) == 1:
-        return parts[0]
-    return merge(*(jnp.stack(part) for part in zip(*parts, strict=True)))
+    return merged(parts)
+
+
+def merged(parts: Sequence[tuple[jax.Array, jax.Array]], sinks: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Partial results (out [B,T,H,Dv], lse float32[B,T,H]) as one, a learned sink per head [H] among them if given.
+
+    A sink takes its part of the attention and gives nothing: one more column, whose value is zero.
+    """
+    out, lse = parts[0] if len(parts) == 1 else merge(*(jnp.stack(part) for part in zip(*parts, strict=True)))
+    if sinks is None:
+        return out, lse
+    total = jnp.logaddexp(lse, sinks.astype(jnp.float32))
+    return out * jnp.exp(lse - total)[..., None].astype(out.dtype), total

@@ -6,13 +6,14 @@ from typing import Any, Protocol
 
 import jax
 
-from kvjax.typing import Rotate
+from kvjax.typing import Rotate, Scoring
 
 
 class Attend(Protocol):
     """What a forward pass calls: `begin` once, the object itself once per layer, `end` once.
 
-    Implementations are frozen dataclasses, passed as static arguments. `cache` is any pytree, or None.
+    Implementations are frozen dataclasses, passed as static arguments. `cache` is any pytree, or None. One that holds
+    latents, not keys and values per head, has an attribute `latent` that is true.
     """
 
     def begin(self, cache: Any, tokens: jax.Array, positions: jax.Array) -> Any:
@@ -25,11 +26,35 @@ class Attend(Protocol):
         layer: Any,
         q: jax.Array,
         k: jax.Array,
-        v: jax.Array,
+        v: jax.Array | None,
         positions: jax.Array,
         rotate: Rotate,
+        *,
+        scoring: Scoring = Scoring(),
+        write: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], unrotated; layer int or int32[] -> out [B,T,H,Dv], the carry."""
+        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], unrotated; layer int or int32[] -> out [B,T,H,Dv], the carry.
+
+        Args:
+          layer: which of the layers that own keys and values.
+          v: None under latent attention, where the value is the first columns of the key.
+          scoring, write: given only by models that need them. write False: a layer that reads another's keys and
+            values, which `layer` names and k and v are, and which that layer has written.
+        """
+        ...
+
+    def put(
+        self, cache: Any, layer: Any, k: jax.Array, v: jax.Array | None, positions: jax.Array, rotate: Rotate
+    ) -> Any:
+        """Takes in keys and values that calls with write False read; only models with a cross-decoder call it."""
+        ...
+
+    def state(self, cache: Any, layer: int) -> tuple[jax.Array, ...] | None:
+        """What a recurrent layer remembers, arrays [B, ...]; None: it starts. Only models with such layers call it."""
+        ...
+
+    def keep(self, cache: Any, layer: int, state: tuple[jax.Array, ...]) -> Any:
+        """Takes in what a recurrent layer remembers from now on."""
         ...
 
     def end(self, cache: Any) -> Any:

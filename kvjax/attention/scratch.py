@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.attention.partial import attend_among
+from kvjax.attention.partial import attend_among, merged
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.layout import GroupLayout
-from kvjax.typing import Rotate
+from kvjax.typing import Rotate, Scoring
 from pallas_kernels import attention_weights
 
 
@@ -56,6 +56,7 @@ class ScratchAttend:
 
     layout: GroupLayout
     backend: str | None = None
+    latent: ClassVar[bool] = True
 
     def begin(self, cache: Scratch, tokens: jax.Array, positions: jax.Array) -> Scratch:
         """Nothing to prepare."""
@@ -67,9 +68,12 @@ class ScratchAttend:
         layer: Any,
         q: jax.Array,
         k: jax.Array,
-        v: jax.Array,
+        v: jax.Array | None,
         positions: jax.Array,
         rotate: Rotate,
+        *,
+        scoring: Scoring = Scoring(),
+        write: bool = True,
     ) -> tuple[jax.Array, Scratch]:
         """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv] of the chunk, unrotated -> out [B,T,H,Dv], the scratch with it."""
         codec, policy = self.layout.codec, self.layout.policy
@@ -77,22 +81,26 @@ class ScratchAttend:
         def put(into: jax.Array, values: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(into, values.astype(into.dtype), cache.offset, axis=1)
 
-        key = jax.tree.map(put, cache.k, codec.encode(rotate(k, positions)))
-        value = None if cache.v is None else jax.tree.map(put, cache.v, codec.encode(v))
+        key, value = cache.k, cache.v
+        if write:
+            key = jax.tree.map(put, key, codec.encode(rotate(k, positions)))
+            value = None if v is None else jax.tree.map(put, value, codec.encode(v))
         keys = codec.decode(key, q.dtype)
         values = keys[..., : self.layout.spec.value_dim] if value is None else codec.decode(value, q.dtype)
         order = jnp.arange(keys.shape[1])
         held = jnp.where(order < cache.lengths[:, None], order, -1)
         reads = policy.reads(self.layout.window)
-        out, lse = attend_among(q, keys, values, held, positions, reads, rotate, self.backend)
+        part = attend_among(q, keys, values, held, positions, reads, rotate, scoring.soft_cap, self.backend)
+        out, lse = merged([part], scoring.sinks)
         weights = cache.weights
-        if policy.observes:
+        if policy.observes and write:
             weights = weights + attention_weights(
                 rotate(q, positions),
                 keys,
                 lse=lse,
                 row_weights=policy.prompt_rows(positions, cache.lengths),
                 window=self.layout.window,
+                soft_cap=scoring.soft_cap,
                 positions=held,
                 q_positions=positions,
                 backend=self.backend,

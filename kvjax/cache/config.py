@@ -33,6 +33,11 @@ class CacheConfig:
     codec: Codec = Dense()
     select: Any = None
 
+    @property
+    def observes(self) -> bool:
+        """Whether some layer's policy keeps tokens by the attention they receive."""
+        return any(config.policy.observes for config in (self, *(other for _, other in self.overrides)))
+
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "memory_bytes"):
             value = getattr(self, name)

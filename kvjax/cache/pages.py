@@ -60,7 +60,11 @@ def take(cache: Cache, parents: jax.Array) -> Cache:
     alive = parents >= 0
     chosen = jnp.maximum(parents, 0)
     groups = tuple(_take(group, chosen, alive) for group in cache.groups)
-    return Cache(groups, jnp.where(alive, cache.seen[chosen], 0))
+
+    def pick(state: jax.Array) -> jax.Array:
+        return jnp.where(alive.reshape(-1, *(1,) * (state.ndim - 1)), state[chosen], jnp.zeros((), state.dtype))
+
+    return Cache(groups, pick(cache.seen), jax.tree.map(pick, cache.recurrent))
 
 
 def fork(cache: Cache, n: int) -> Cache:

@@ -70,15 +70,22 @@ class Cache:
     Attributes:
       groups: one per set of layers with equal choices.
       seen: int32[B], tokens each sequence has had, held or not: the next token's position.
+      recurrent: per layer that keeps a state instead of keys and values, its arrays [B, ...]; zeros before any token.
     """
 
     groups: tuple[Group, ...]
     seen: jax.Array
+    recurrent: tuple[tuple[jax.Array, ...], ...] = ()
 
     @property
     def batch(self) -> int:
         """B."""
         return self.seen.shape[0]
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Bytes of all recurrent states."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.recurrent))
 
     @property
     def pool_bytes(self) -> int:
@@ -132,10 +139,21 @@ def empty_group(layout: GroupLayout, batch: int, pages_per_row: int, num_pages: 
     )
 
 
-def empty_cache(layouts: Sequence[GroupLayout], batch: int, pages: Sequence[tuple[int, int]]) -> Cache:
-    """A cache that holds nothing. `pages`: (pages per row, pages in the pool) of each group."""
+def empty_cache(
+    layouts: Sequence[GroupLayout],
+    batch: int,
+    pages: Sequence[tuple[int, int]],
+    recurrent: Sequence[Sequence[tuple[int, ...]]] = (),
+) -> Cache:
+    """A cache that holds nothing.
+
+    Args:
+      pages: (pages per row, pages in the pool) of each group.
+      recurrent: per layer with a state, the shapes of its float32 arrays without the batch.
+    """
     groups = tuple(empty_group(layout, batch, n, p) for layout, (n, p) in zip(layouts, pages, strict=True))
-    return Cache(groups, jnp.zeros(batch, jnp.int32))
+    states = tuple(tuple(jnp.zeros((batch, *shape), jnp.float32) for shape in shapes) for shapes in recurrent)
+    return Cache(groups, jnp.zeros(batch, jnp.int32), states)
 
 
 def with_victims(cache: Cache) -> Cache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kvjax.config import ROPE_KINDS, ModelConfig, RopeScaling
+from kvjax.config import ModelConfig, RopeScaling
 from kvjax.convert.hf_fields import REQUIRED, Fields
 from kvjax.errors import CheckpointError
 
@@ -61,10 +61,8 @@ def _read_table(
     kind = table.get("rope_type", table.get("type", "default"))
     if any(isinstance(value, dict) for value in table.values()):
         raise CheckpointError(f"{source}: {name} differs by layer type, which kvjax does not know; got {table!r}")
-    if kind not in ROPE_KINDS:
-        raise CheckpointError(
-            f"{source}: {name}.rope_type {kind!r} is not implemented; allowed: {', '.join(ROPE_KINDS)}"
-        )
+    if kind not in _ALLOWED:
+        raise CheckpointError(f"{source}: {name}.rope_type {kind!r} is not implemented; allowed: {', '.join(_ALLOWED)}")
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise fields.wrong("partial_rotary_factor", "1.0 (kvjax rotates whole heads)")
     allowed = _ALLOWED[kind]

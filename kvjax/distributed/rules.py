@@ -37,6 +37,35 @@ LOGICAL_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("attention", "o", "bias"): ("embed",),
     ("attention", "q_norm", "scale"): (None,),
     ("attention", "k_norm", "scale"): (None,),
+    ("attention_post_norm", "scale"): ("embed",),
+    ("mlp_post_norm", "scale"): ("embed",),
+    ("attention", "decay", "kernel"): ("embed", "heads"),
+    ("attention", "gate", "kernel"): ("embed", "heads"),
+    ("bridge", "norm", "scale"): ("embed",),
+    ("bridge", "k", "kernel"): ("embed", "kv_heads"),
+    ("bridge", "k", "bias"): ("kv_heads",),
+    ("bridge", "v", "kernel"): ("embed", "kv_heads"),
+    ("bridge", "v", "bias"): ("kv_heads",),
+    ("attention", "sinks"): ("heads",),
+    ("attention", "q_down", "kernel"): ("embed", None),
+    ("attention", "q_down", "bias"): (None,),
+    ("attention", "q_up", "kernel"): (None, "heads"),
+    ("attention", "kv_down", "kernel"): ("embed", None),
+    ("attention", "kv_down", "bias"): (None,),
+    ("attention", "kv_norm", "scale"): (None,),
+    ("attention", "kv_up", "kernel"): (None, "heads"),
+    ("mlp", "router", "gate", "kernel"): ("embed", None),
+    ("mlp", "router", "gate", "bias"): (None,),
+    ("mlp", "router", "selection_bias"): (None,),
+    ("mlp", "experts_gate", "kernel"): ("experts", "embed", "expert_mlp"),
+    ("mlp", "experts_up", "kernel"): ("experts", "embed", "expert_mlp"),
+    ("mlp", "experts_down", "kernel"): ("experts", "expert_mlp", "embed"),
+    ("mlp", "experts_gate_bias", "bias"): ("experts", "expert_mlp"),
+    ("mlp", "experts_up_bias", "bias"): ("experts", "expert_mlp"),
+    ("mlp", "experts_down_bias", "bias"): ("experts", "embed"),
+    ("mlp", "shared", "gate", "kernel"): ("embed", "shared_mlp"),
+    ("mlp", "shared", "up", "kernel"): ("embed", "shared_mlp"),
+    ("mlp", "shared", "down", "kernel"): ("shared_mlp", "embed"),
     ("mlp", "gate", "kernel"): ("embed", "mlp"),
     ("mlp", "gate", "bias"): ("mlp",),
     ("mlp", "up", "kernel"): ("embed", "mlp"),
@@ -58,7 +87,8 @@ class AxisRules:
       embed: the residual stream's dimension; "data" gives fully sharded parameters.
       heads: query heads, in q's output and o's input.
       kv_heads: key-value heads, in the output of k and v.
-      mlp: the feed-forward width.
+      mlp: the feed-forward width; shared_mlp: that of the expert every token goes through.
+      experts: the experts of a layer; expert_mlp: the width of each.
       vocab: rows of the embedding, columns of the head.
       layers: the leading axis of stacked parameters.
     """
@@ -67,6 +97,9 @@ class AxisRules:
     heads: str | None = "tensor"
     kv_heads: str | None = "tensor"
     mlp: str | None = "tensor"
+    shared_mlp: str | None = "tensor"
+    experts: str | None = "tensor"
+    expert_mlp: str | None = None
     vocab: str | None = "tensor"
     layers: str | None = None
 
@@ -98,6 +131,9 @@ def partition_specs(
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "mlp": config.intermediate_size,
+        "shared_mlp": config.experts.shared_intermediate_size if config.experts else 0,
+        "experts": config.experts.count if config.experts else 0,
+        "expert_mlp": config.experts.intermediate_size if config.experts else 0,
         "vocab": config.vocab_size,
         "layers": config.num_layers,
     }

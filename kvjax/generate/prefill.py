@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from kvjax.attention.scratch import ScratchAttend, empty_scratch
 from kvjax.cache.pages import Shortage, reserve
 from kvjax.cache.prompt import keep_prompt
 from kvjax.cache.state import Cache, with_victims
-from kvjax.config import ModelConfig
+from kvjax.config import LayerKind, ModelConfig
 from kvjax.generate.forward import apply, forward_token
 from kvjax.model import Model
 from kvjax.models import Layer
@@ -84,6 +84,34 @@ def feed_tokens(
     return cache, _last_of(hidden, count, last), hidden
 
 
+@functools.partial(jax.jit, static_argnames=("config", "attend"), donate_argnames=("cache", "last"))
+def prefill_below(
+    params: Params,
+    cache: Cache,
+    last: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+    *,
+    config: ModelConfig,
+    attend: PagedAttend,
+) -> tuple[Cache, jax.Array]:
+    """`prefill_chunk` through the layers below a cross-decoder only; the hidden states are those it will be given."""
+    order = jnp.arange(tokens.shape[1])
+    positions = jnp.where(order < count[:, None], cache.seen[:, None] + order, -1)
+    hidden, cache = apply(config, attend, params, tokens, positions, cache, method="below")
+    return cache, _last_of(hidden, count, last)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "attend"), donate_argnames=("cache", "last"))
+def prefill_above(
+    params: Params, cache: Cache, last: jax.Array, active: jax.Array, *, config: ModelConfig, attend: PagedAttend
+) -> tuple[Cache, jax.Array]:
+    """The last token of each sequence where active bool[B], from last [B, hidden] through the cross-decoder."""
+    positions = jnp.where(active, cache.seen - 1, -1)[:, None]
+    hidden, cache = apply(config, attend, params, last[:, None], positions, cache, method="above")
+    return cache, hidden[:, 0]
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def embed(params: Params, tokens: jax.Array, *, config: ModelConfig) -> jax.Array:
     """int32[B, T] -> [B, T, hidden]."""
@@ -91,45 +119,63 @@ def embed(params: Params, tokens: jax.Array, *, config: ModelConfig) -> jax.Arra
     return embedded
 
 
+class Place(NamedTuple):
+    """A layer within a segment: its kind, which of the segment's owners it reads, and that owner's cache group."""
+
+    kind: LayerKind
+    owner: int
+    group: int
+
+
 @functools.partial(
-    jax.jit, static_argnames=("config", "group", "chunk", "backend"), donate_argnames=("cache", "hidden")
+    jax.jit, static_argnames=("config", "places", "chunk", "backend"), donate_argnames=("cache", "hidden")
 )
-def prefill_layer(
-    params: Params,
+def prefill_segment(
+    params: tuple[Params, ...],
     cache: Cache,
     hidden: jax.Array,
     lengths: jax.Array,
     index: jax.Array,
     *,
     config: ModelConfig,
-    group: int,
+    places: tuple[Place, ...],
     chunk: int,
     backend: str | None,
 ) -> tuple[Cache, jax.Array]:
-    """A whole prompt hidden [B, T, hidden] through one layer, and of its keys and values what the policy keeps.
+    """A whole prompt hidden [B, T, hidden] through one layer, or through layers that share keys and values.
 
-    `params` is the layer's own subtree; `index` int32[], its place in cache group `group`, is traced, so that all
-    layers of a group share one compilation. T is a multiple of `chunk`.
+    Of the keys and values goes into the cache what the policy keeps. `params` are the layers' own subtrees; `index`
+    int32[owners], the owners' places in their cache groups, is traced, so that segments alike share one compilation. T
+    is a multiple of `chunk`.
     """
-    held = cache.groups[group]
-    module = Layer(config, ScratchAttend(held.layout, backend))
+    groups = {place.owner: place.group for place in places}
+    layouts = {owner: cache.groups[group].layout for owner, group in groups.items()}
 
     def body(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        hidden, scratch = carry
+        hidden, scratches = carry
         start = i * chunk
         order = start + jnp.arange(chunk)
         positions = jnp.where(order < lengths[:, None], order, -1)
         x = jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=1)
-        scratch = dataclasses.replace(scratch, offset=start)
-        (y, scratch), _ = module.apply({"params": params}, (x, scratch), 0, positions)
-        return jax.lax.dynamic_update_slice_in_dim(hidden, y, start, axis=1), scratch
+        scratches = {owner: dataclasses.replace(scratch, offset=start) for owner, scratch in scratches.items()}
+        made: dict[int, Any] = {}
+        for own_params, (kind, owner, _) in zip(params, places, strict=True):
+            module = Layer(config, ScratchAttend(layouts[owner], backend), kind)
+            carried = (x, scratches[owner])
+            (x, scratches[owner]), new = module.apply(
+                {"params": own_params}, carried, 0, positions, made[owner] if kind.reads else None
+            )
+            made.setdefault(owner, new)
+        return jax.lax.dynamic_update_slice_in_dim(hidden, x, start, axis=1), scratches
 
-    scratch = empty_scratch(held.layout, lengths, hidden.shape[1])
+    scratches = {owner: empty_scratch(layout, lengths, hidden.shape[1]) for owner, layout in layouts.items()}
     chunks = (jnp.max(lengths) + chunk - 1) // chunk
-    hidden, scratch = jax.lax.fori_loop(0, chunks, body, (hidden, scratch))
-    held = keep_prompt(held, index, lengths, scratch.weights, scratch.k, scratch.v)
-    groups = (*cache.groups[:group], held, *cache.groups[group + 1 :])
-    return dataclasses.replace(cache, groups=groups), hidden
+    hidden, scratches = jax.lax.fori_loop(0, chunks, body, (hidden, scratches))
+    held = list(cache.groups)
+    for owner, scratch in scratches.items():
+        number = groups[owner]
+        held[number] = keep_prompt(held[number], index[owner], lengths, scratch.weights, scratch.k, scratch.v)
+    return dataclasses.replace(cache, groups=tuple(held)), hidden
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("cache", "hidden"))
@@ -176,16 +222,16 @@ def run_prompts(
         width = -(-max(context, int(lengths.max())) // chunk) * chunk
         tokens = _padded(prompts, cache.batch, 0, width)
         hidden = embed(model.params, tokens, config=model.config)
-        for layer in range(model.config.num_layers):
-            group, index = cache.locate(layer)
-            cache, hidden = prefill_layer(
-                model.params[f"layers_{layer}"],
+        for segment in model.config.segments:
+            places, index = _places(model.config, cache, segment)
+            cache, hidden = prefill_segment(
+                tuple(model.params[f"layers_{layer}"] for layer in segment),
                 cache,
                 hidden,
                 lengths,
-                np.int32(index),
+                index,
                 config=model.config,
-                group=group,
+                places=places,
                 chunk=chunk,
                 backend=backend,
             )
@@ -193,16 +239,37 @@ def run_prompts(
         return cache, last, [hidden] if keep_hidden else []
     run = feed_tokens if by_layer(cache) else prefill_chunk
     last = jnp.asarray(np.zeros((cache.batch, model.config.hidden_size), model.dtype))
-    kept = []
+    kept: list[jax.Array] = []
+    early = model.config.cross_from is not None and not keep_hidden
     for start in range(0, int(lengths.max()), chunk):
         count = np.clip(lengths - start, 0, chunk).astype(np.int32)
         tokens = _padded(prompts, cache.batch, start, chunk)
+        if early:
+            cache, last = prefill_below(
+                model.params, cache, last, tokens, count, config=model.config, attend=PagedAttend(backend)
+            )
+            continue
         cache, last, hidden = run(
             model.params, cache, last, tokens, count, config=model.config, attend=PagedAttend(backend)
         )
         if keep_hidden:
             kept.append(hidden)
+    if early:
+        cache, last = prefill_above(
+            model.params, cache, last, lengths > 0, config=model.config, attend=PagedAttend(backend)
+        )
     return cache, last, kept
+
+
+def _places(config: ModelConfig, cache: Cache, segment: tuple[int, ...]) -> tuple[tuple[Place, ...], np.ndarray]:
+    """Where the layers of a segment find their keys and values, and each owner's index in its cache group."""
+    numbers = sorted({config.cache_layer(layer) for layer in segment})
+    located = [cache.locate(number) for number in numbers]
+    places = []
+    for layer in segment:
+        owner = numbers.index(config.cache_layer(layer))
+        places.append(Place(config.kind(layer), owner, located[owner][0]))
+    return tuple(places), np.array([index for _, index in located], np.int32)
 
 
 def _padded(prompts: list[list[int]], batch: int, start: int, width: int) -> np.ndarray:

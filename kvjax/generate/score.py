@@ -29,7 +29,7 @@ from kvjax.typing import Params
 def forward(params: Params, tokens: jax.Array, *, config: ModelConfig, backend: str | None = None) -> jax.Array:
     """The training path, without a cache: int32[B, T] -> logits float32[B, T, V]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = apply(config, DenseAttend(config.windows, backend), params, tokens, positions, None)
+    hidden, _ = apply(config, DenseAttend(config.cache_windows, backend), params, tokens, positions, None)
     return logits_of(params, hidden, config)
 
 
@@ -71,7 +71,7 @@ def score(
     prefill_chunk = check_chunk(prefill_chunk)
     layouts = layouts_of(model, cache)
     pages = size_groups(layouts, power_of_two(batch), length, cache.memory_bytes)
-    held = make_cache(layouts, power_of_two(batch), pages)
+    held = make_cache(layouts, power_of_two(batch), pages, model.config.recurrent_shapes)
     prompts = [row[:prompt_length].tolist() for row in tokens]
     lengths = np.zeros(held.batch, np.int32)
     lengths[:batch] = prompt_length

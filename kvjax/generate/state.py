@@ -14,7 +14,7 @@ from kvjax.cache.layout import GroupLayout, group_layers
 from kvjax.cache.pages import Shortage, resize
 from kvjax.cache.size import context_bucket, power_of_two, size_groups
 from kvjax.cache.state import Cache, empty_cache
-from kvjax.errors import OutOfPages, RequestError
+from kvjax.errors import ConfigError, OutOfPages, RequestError
 from kvjax.generate.decode import take_sequences
 from kvjax.generate.prefill import reserve_pages, run_prompts
 from kvjax.generate.requests import check_chunk
@@ -45,13 +45,22 @@ class State:
         return len(self.tokens)
 
 
-make_cache = functools.partial(jax.jit, static_argnames=("layouts", "batch", "pages"))(empty_cache)
+make_cache = functools.partial(jax.jit, static_argnames=("layouts", "batch", "pages", "recurrent"))(empty_cache)
 resize_cache = functools.partial(jax.jit, static_argnames="pages")(resize)
 
 
 def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
-    """The cache groups of a model under a config."""
-    return group_layers(model.config.kv_spec, model.config.windows, config, model.dtype.name)
+    """The cache groups of a model under a config.
+
+    Raises:
+      ConfigError: a policy that weighs a prompt's tokens by attention, on a model most of whose layers never see them.
+    """
+    if model.config.cross_from is not None and config.observes:
+        raise ConfigError(
+            f"{config.policy!r} keeps what a prompt attends to, but layers from cross_from={model.config.cross_from} "
+            "on see only a prompt's last token; choose a policy that needs no attention weights"
+        )
+    return group_layers(model.config.kv_spec, model.config.cache_windows, config, model.dtype.name)
 
 
 def start(
@@ -74,7 +83,7 @@ def start(
     layouts = layouts_of(model, config)
     tokens = max(context or 0, max(map(len, prompts)) + room)
     pages = size_groups(layouts, power_of_two(len(prompts) * copies), tokens, config.memory_bytes)
-    cache = make_cache(layouts, power_of_two(len(prompts)), pages)
+    cache = make_cache(layouts, power_of_two(len(prompts)), pages, model.config.recurrent_shapes)
     lengths = np.zeros(cache.batch, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     cache, shortage = reserve_pages(cache, lengths)

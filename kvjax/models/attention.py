@@ -5,33 +5,63 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from kvjax.config import ModelConfig
-from kvjax.models.layers import RMSNorm
+from kvjax.config import LayerKind, ModelConfig
+from kvjax.models.layers import norm_of
 from kvjax.models.rotary import rotary
+from kvjax.typing import KeyValue, Scoring
 
 
 class Attention(nn.Module):
     """Projects, normalises q and k if asked, and hands them unrotated to `attend`, which decides what is attended.
 
-    `attend(cache, layer, q[B,T,H,D], k[B,T,K,D], v[B,T,K,D], positions, rotate) -> (out[B,T,H,D], cache)`.
+    `attend(cache, layer, q[B,T,H,D], k[B,T,K,D], v[B,T,K,D], positions, rotate) -> (out[B,T,H,D], cache)`. A layer that
+    reads another's keys and values is given them as `shared`, and says so to `attend`.
     """
 
     config: ModelConfig
     attend: Any
+    kind: LayerKind
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array, layer: Any, cache: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, layer: Any, cache: Any, shared: KeyValue | None = None
+    ) -> tuple[jax.Array, Any, KeyValue]:
         c = self.config
-        heads = x.shape[:2]
-        q = nn.Dense(c.num_heads * c.width, use_bias=c.qkv_bias, name="q")(x).reshape(*heads, c.num_heads, c.width)
-        k = nn.Dense(c.num_kv_heads * c.width, use_bias=c.qkv_bias, name="k")(x)
-        v = nn.Dense(c.num_kv_heads * c.width, use_bias=c.qkv_bias, name="v")(x)
-        k, v = (y.reshape(*heads, c.num_kv_heads, c.width) for y in (k, v))
-        if c.qk_norm:
-            q = RMSNorm(c.norm_eps, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, name="k_norm")(k)
-        out, cache = self.attend(cache, layer, q, k, v, positions, rotary(c))
-        out = out.reshape(*heads, c.num_heads * c.width)
-        return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o")(out), cache
+        q = self._project("q", x, c.num_heads)
+        if shared is None:
+            k, v = self._project("k", x, c.num_kv_heads), self._project("v", x, c.num_kv_heads)
+        else:
+            k, v = shared
+        out, cache = self.attend(
+            cache, layer, scaled(q, c.query_scale), k, v, positions, rotary(c, self.kind.local), **self._options(shared)
+        )
+        out = out.reshape(*x.shape[:2], c.num_heads * c.width)
+        return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o")(out), cache, (k, v)
+
+    def _project(self, name: str, x: jax.Array, heads: int) -> jax.Array:
+        """[B, T, hidden] -> [B, T, heads, D], normalised if the model does."""
+        c = self.config
+        y = nn.Dense(heads * c.width, use_bias=c.qkv_bias, name=name)(x)
+        if c.qk_norm_whole and name != "v":
+            y = norm_of(c, f"{name}_norm")(y)
+        y = y.reshape(*x.shape[:2], heads, c.width)
+        return norm_of(c, f"{name}_norm")(y) if c.qk_norm and name != "v" else y
+
+    def _options(self, shared: KeyValue | None) -> dict[str, Any]:
+        """What only some models ask of `attend`; one that does not know it refuses the call."""
+        c = self.config
+        options: dict[str, Any] = {}
+        if c.attention_sinks or c.attention_soft_cap is not None:
+            sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,)) if c.attention_sinks else None
+            options["scoring"] = Scoring(c.attention_soft_cap, sinks)
+        if shared is not None:
+            options["write"] = False
+        return options
+
+
+def scaled(q: jax.Array, scale: float | None) -> jax.Array:
+    """q, so that `attend`, which divides scores by the root of q's width, in effect multiplies them by `scale`."""
+    return q if scale is None else q * jnp.asarray(scale * q.shape[-1] ** 0.5, q.dtype)

@@ -1,6 +1,9 @@
-"""RMSNorm and the SwiGLU feed-forward block."""
+"""RMSNorm and the gated feed-forward block."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,28 +11,79 @@ from flax import linen as nn
 
 from kvjax.config import ModelConfig
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32 whatever the input (Zhang and Sennrich 2019, 1910.07467)."""
+    """x / rms(x) * scale over the last axis, in float32 whatever the input (Zhang and Sennrich 2019, 1910.07467).
+
+    With `unit_offset` the factor is 1 + scale, and so is the product in float32 (Gemma).
+    """
 
     eps: float
+    unit_offset: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        normed = unit_rms(x, self.eps)
+        if self.unit_offset:
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
         return normed.astype(x.dtype) * scale
 
 
+class Kernel(nn.Module):
+    """A weight [..., in, out] that its user multiplies with in a way of its own."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), self.shape)
+        return kernel
+
+
+class Bias(nn.Module):
+    """A bias, or a bias per expert."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        bias: jax.Array = self.param("bias", nn.initializers.zeros, self.shape)
+        return bias
+
+
+def norm_of(config: ModelConfig, name: str | None = None) -> RMSNorm:
+    """A model's kind of norm."""
+    return RMSNorm(config.norm_eps, config.norm_unit_offset, name=name)
+
+
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, 2002.05202). [B, T, hidden] -> the same."""
+    """A gated unit, down(act(gate(x)) * up(x)): with silu SwiGLU (Shazeer 2020, 2002.05202). [B,T,hidden] -> the same.
+
+    Attributes:
+      width: None: the config's intermediate_size.
+    """
 
     config: ModelConfig
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width, bias = self.config.intermediate_size, self.config.mlp_bias
+        width, bias = self.width or self.config.intermediate_size, self.config.mlp_bias
         gate = nn.Dense(width, use_bias=bias, name="gate")(x)
         up = nn.Dense(width, use_bias=bias, name="up")(x)
-        return nn.Dense(self.config.hidden_size, use_bias=bias, name="down")(nn.silu(gate) * up)
+        return nn.Dense(self.config.hidden_size, use_bias=bias, name="down")(
+            ACTIVATIONS[self.config.activation](gate) * up
+        )

@@ -8,32 +8,76 @@ each array with a leading axis L): what training wants, since a scan over layers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kvjax.config import ModelConfig
+from kvjax.config import LayerKind, ModelConfig
+from kvjax.errors import ConfigError
 from kvjax.models.attention import Attention
-from kvjax.models.layers import FeedForward, RMSNorm
-from kvjax.typing import Params
+from kvjax.models.experts import MixtureOfExperts
+from kvjax.models.latent_attention import LatentAttention
+from kvjax.models.layers import FeedForward, norm_of
+from kvjax.models.retention import Retention
+from kvjax.models.rotary import rotary
+from kvjax.typing import KeyValue, Params
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward with residuals. (x[B,T,hidden], cache) -> the same."""
+    """Attention and feed-forward with residuals. (x[B,T,hidden], cache) -> the same, and the layer's keys and values.
+
+    The keys and values (None where no layer shares any) are what layers that read this one are given as `shared`.
+    """
 
     config: ModelConfig
     attend: Any
+    kind: LayerKind = LayerKind()
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Any], layer: Any, positions: jax.Array) -> tuple[tuple, None]:
+    def __call__(
+        self, carry: tuple[jax.Array, Any], layer: Any, positions: jax.Array, shared: KeyValue | None = None
+    ) -> tuple[tuple, KeyValue | None]:
+        c = self.config
         x, cache = carry
-        normed = RMSNorm(self.config.norm_eps, name="attention_norm")(x)
-        out, cache = Attention(self.config, self.attend, name="attention")(normed, positions, layer, cache)
-        x = x + out
-        normed = RMSNorm(self.config.norm_eps, name="mlp_norm")(x)
-        return (x + FeedForward(self.config, name="mlp")(normed), cache), None
+        attention: Any = Attention if c.latent is None else LatentAttention
+        if self.kind.retains:
+            attention = Retention
+        out, cache, own = attention(c, self.attend, self.kind, name="attention")(
+            self._before("attention_norm", x), positions, layer, cache, shared
+        )
+        x = x + self._after("attention_post_norm", out)
+        mlp: Any = (MixtureOfExperts if self.kind.sparse else FeedForward)(c, name="mlp")
+        x = x + self._after("mlp_post_norm", mlp(self._before("mlp_norm", x)))
+        return (x, cache), own if c.owners else None
+
+    def _before(self, name: str, x: jax.Array) -> jax.Array:
+        """What a block reads."""
+        return x if self.config.norm_placement == "post" else norm_of(self.config, name)(x)
+
+    def _after(self, name: str, out: jax.Array) -> jax.Array:
+        """What a block adds."""
+        return out if self.config.norm_placement == "pre" else norm_of(self.config, name)(out)
+
+
+class Bridge(nn.Module):
+    """The keys and values [B, T, K, D] that a cross-decoder reads, from the hidden states it is given."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> KeyValue:
+        c = self.config
+        normed = norm_of(c, "norm")(x)
+        k, v = (
+            nn.Dense(c.num_kv_heads * c.width, use_bias=c.qkv_bias, name=name)(normed).reshape(
+                *x.shape[:2], c.num_kv_heads, c.width
+            )
+            for name in ("k", "v")
+        )
+        return k, v
 
 
 class Decoder(nn.Module):
@@ -41,7 +85,7 @@ class Decoder(nn.Module):
 
     Attributes:
       attend: an object with `begin(cache, tokens, positions)`, the call itself, and `end(cache)` (`kvjax.attention`).
-      scan: layers are scanned over and parameters stacked, instead of unrolled and per layer.
+      scan: layers are scanned over and parameters stacked, instead of unrolled and per layer; needs layers of one kind.
       remat: with `scan`, recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -55,6 +99,11 @@ class Decoder(nn.Module):
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, name="embed")
         if self.scan:
             body = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+            if not c.uniform:
+                raise ConfigError(
+                    "a scan over layers needs layers of one kind; this model mixes dense and sparse, owning and "
+                    "reading, or local and global ones: unroll them (scan=False)"
+                )
             scanned = nn.scan(
                 body,
                 variable_axes={"params": 0},
@@ -62,10 +111,12 @@ class Decoder(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=c.num_layers,
             )
-            self.layers: Any = scanned(c, self.attend)
+            self.layers: Any = scanned(c, self.attend, c.kind(0))
         else:
-            self.layers = [Layer(c, self.attend) for _ in range(c.num_layers)]
-        self.norm = RMSNorm(c.norm_eps)
+            self.layers = [Layer(c, self.attend, c.kind(index)) for index in range(c.num_layers)]
+        if c.cross_from is not None:
+            self.bridge = Bridge(c)
+        self.norm = norm_of(c)
         if not c.tie_word_embeddings:
             self.head = nn.Dense(c.vocab_size, use_bias=False)
 
@@ -76,13 +127,43 @@ class Decoder(nn.Module):
         if self.scan:
             (x, cache), _ = self.layers((x, cache), jnp.arange(self.config.num_layers), positions)
         else:
-            for index, layer in enumerate(self.layers):
-                (x, cache), _ = layer((x, cache), index, positions)
+            x, cache, shared = self._below(x, positions, cache)
+            x, cache = through(self.config, self.layers, x, cache, positions, self._split, shared)
         return self.finish(x), self.attend.end(cache)
+
+    def below(self, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Tokens through the layers below `cross_from` only: hidden states [B, T, hidden] as it takes them, the cache.
+
+        The keys and values that all layers above read are in the cache then: but for a text's last token, that is all.
+        """
+        x, cache, _ = self._below(self.embed_tokens(tokens), positions, self.attend.begin(cache, tokens, positions))
+        return x, self.attend.end(cache)
+
+    def above(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """What `below` gave for tokens that the cache holds, through the rest -> final hidden states, the cache."""
+        cache = self.attend.resume(cache, positions)
+        x, cache = through(self.config, self.layers, x, cache, positions, self._split, (None, None))
+        return self.finish(x), self.attend.end(cache)
+
+    @property
+    def _split(self) -> int:
+        return self.config.num_layers if self.config.cross_from is None else self.config.cross_from
+
+    def _below(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
+        """Through the layers below `cross_from`, or all; and the keys and values that those above read."""
+        c = self.config
+        x, cache = through(c, self.layers[: self._split], x, cache, positions)
+        if c.cross_from is None:
+            return x, cache, None
+        shared = self.bridge(x)
+        return x, self.attend.put(cache, c.cache_layer(c.cross_from), *shared, positions, rotary(c)), shared
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[B, T] -> [B, T, hidden], what the first layer takes."""
-        return self.embed(tokens)
+        x = self.embed(tokens)
+        scale = self.config.embedding_scale
+        # As the models that scale were trained: by the factor as their dtype holds it.
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def finish(self, x: jax.Array) -> jax.Array:
         """What the last layer gives, normalised: the final hidden states."""
@@ -95,12 +176,36 @@ class Decoder(nn.Module):
         else:
             # Reading the weight rather than calling the module keeps the sum over `hidden` in float32.
             kernel = self.head.variables["params"]["kernel"]
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def initialise(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """Touches every parameter; only for `init` and shape inference."""
         hidden, _ = self(tokens, positions, None)
         return self.logits(hidden) if self.config.tie_word_embeddings else self.head(hidden)
+
+
+def through(
+    config: ModelConfig,
+    layers: Sequence[Any],
+    x: jax.Array,
+    cache: Any,
+    positions: jax.Array,
+    first: int = 0,
+    shared: Any = None,
+) -> tuple[jax.Array, Any]:
+    """x [B, T, hidden] through layers[first:]; what owners make of it is handed to their readers.
+
+    `shared`: what layers from `cross_from` on read.
+    """
+    made: dict[int, Any] = {} if config.cross_from is None else {config.cross_from: shared}
+    for index, layer in enumerate(layers[first:], first):
+        given = made[config.owners[index]] if config.kind(index).reads else None
+        (x, cache), own = layer((x, cache), config.cache_layer(index), positions, given)
+        if config.owners and not config.kind(index).reads:
+            made[index] = own
+    return x, cache
 
 
 def stack_layers(params: Params) -> Params:

@@ -35,11 +35,14 @@ class BlockCausalAttend:
         layer: Any,
         q: jax.Array,
         k: jax.Array,
-        v: jax.Array,
+        v: jax.Array | None,
         positions: jax.Array,
         rotate: Rotate,
+        *,
+        write: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """q [B,T,H,D], k and v [B,T,K,D], positions int32[B,T] (used for rotation only) -> out [B,T,H,D]."""
+        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], positions int32[B,T] (used for rotation only) -> out [B,T,H,Dv]."""
+        assert v is not None, "without a cache every head has values of its own"
         group = q.shape[2] // k.shape[2]
         q = jnp.swapaxes(rotate(q * q.shape[3] ** -0.5, positions), 1, 2)
         k = jnp.repeat(jnp.swapaxes(rotate(k, positions), 1, 2), group, axis=1)
@@ -52,6 +55,20 @@ class BlockCausalAttend:
             weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1)
             out.append(jnp.matmul(weights, v[:, :, :end]))
         return jnp.swapaxes(jnp.concatenate(out, axis=2), 1, 2), cache
+
+    def put(
+        self, cache: Any, layer: Any, k: jax.Array, v: jax.Array | None, positions: jax.Array, rotate: Rotate
+    ) -> Any:
+        """Nothing to store: readers are given the keys and values."""
+        return cache
+
+    def state(self, cache: Any, layer: int) -> None:
+        """Whole texts begin with nothing."""
+        return None
+
+    def keep(self, cache: Any, layer: int, state: tuple[jax.Array, ...]) -> Any:
+        """Nothing follows."""
+        return cache
 
     def end(self, cache: Any) -> Any:
         """Nothing to finish."""

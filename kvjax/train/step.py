@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from kvjax.attention.dense import DenseAttend
 from kvjax.config import ModelConfig
 from kvjax.models import Decoder
 from kvjax.train.attend import BlockCausalAttend
@@ -83,8 +84,16 @@ def muon(
 
 
 def forward(config: ModelConfig, attend: Any = None, scan: bool = True) -> Callable[[Params, jax.Array], jax.Array]:
-    """`logits(params, tokens int32[B, T]) -> float32[B, T, V]` without a cache."""
-    module = Decoder(config, BlockCausalAttend() if attend is None else attend, scan=scan)
+    """`logits(params, tokens int32[B, T]) -> float32[B, T, V]` without a cache.
+
+    Args:
+      attend: None: the quickest that computes what the model asks for.
+      scan: scan over layers, if they are all of one kind (`ModelConfig.uniform`).
+    """
+    if attend is None:
+        plain = not any(config.windows) and config.attention_soft_cap is None and not config.attention_sinks
+        attend = BlockCausalAttend() if plain else DenseAttend(config.cache_windows)
+    module = Decoder(config, attend, scan=scan and config.uniform)
 
     def logits(params: Params, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import choose
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import blocks, reference
 
-BACKENDS = {"xla": vars(reference)}
+BACKENDS = {"xla_blocks": vars(blocks), "xla": vars(reference)}
 
 
 def paged_attention(

@@ -18,11 +18,11 @@ def gather(pool: jax.Array, table: jax.Array, layer: jax.Array) -> jax.Array:
     pages, layers, heads = pool.shape[:3]
     # One index per page of one head, already in the order wanted: contiguous copies, and nothing to transpose after.
     number = (jnp.maximum(table, 0) * layers + layer[0]) * heads + jnp.arange(heads)[:, None]
-    rows = pool.reshape(pages * layers * heads, -1)[number]
+    rows = jnp.asarray(pool).reshape(pages * layers * heads, -1)[number]
     return rows.reshape(*number.shape[:2], number.shape[2] * pool.shape[3], *pool.shape[4:])
 
 
-def _dequantised(
+def dequantised(
     pool: jax.Array,
     scale: jax.Array | None,
     minimum: jax.Array | None,
@@ -30,6 +30,7 @@ def _dequantised(
     layer: jax.Array,
     dtype: jnp.dtype,
 ) -> jax.Array:
+    """One layer's slots [B, K, N * page, *] as the codec reads them back, in `dtype`."""
     codes = gather(pool, table, layer)
     if scale is None:
         return codes.astype(dtype)
@@ -42,18 +43,17 @@ def _dequantised(
     return grouped.reshape(codes.shape).astype(dtype)
 
 
-def _mask(
+def seen_and_held(
     table: jax.Array,
     lengths: jax.Array,
-    slots: int,
     positions: jax.Array | None,
     q_positions: jax.Array,
     window: jax.Array | int | None,
+    page: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Who sees what, bool[B, K or 1, 1, T, S], and which slots hold a token, bool[B, K or 1, S]."""
-    order = jnp.arange(slots)
-    paged = jnp.repeat(table >= 0, slots // table.shape[-1], axis=-1)
-    held = paged & (order < lengths[..., None])
+    order = jnp.arange(table.shape[2] * page)
+    held = jnp.repeat(table >= 0, page, axis=-1) & (order < lengths[..., None])
     where = jnp.where(held, order if positions is None else positions, -1)
     return visible(where, q_positions[:, None], window)[:, :, None], where >= 0
 
@@ -78,12 +78,12 @@ def paged_attention(
     v_min: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
-    k = _dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype)
+    k = dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype)
     if v_pool is None:
         v = k[..., :value_dim]
     else:
-        v = _dequantised(v_pool, v_scale, v_min, block_table, layer, q.dtype)
-    mask, held = _mask(block_table, lengths, k.shape[2], positions, q_positions, window)
+        v = dequantised(v_pool, v_scale, v_min, block_table, layer, q.dtype)
+    mask, held = seen_and_held(block_table, lengths, positions, q_positions, window, k_pool.shape[3])
     # Unused slots may hold anything, NaN too, and a weight of 0 does not silence a NaN.
     v = jnp.where(held[..., None], v, 0)
     return softmax_attention(q, k, v, mask, scale, soft_cap)
@@ -107,6 +107,6 @@ def paged_weights(
     k_min: jax.Array | None,
 ) -> jax.Array:
     """See `api.paged_weights`."""
-    k = _dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype)
-    mask, _ = _mask(block_table, lengths, k.shape[2], positions, q_positions, window)
+    k = dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype)
+    mask, _ = seen_and_held(block_table, lengths, positions, q_positions, window, k_pool.shape[3])
     return column_weights(q, k, mask, lse, row_weights, scale, soft_cap)

@@ -23,7 +23,7 @@ from kvjax.cache.policies import Full
 from kvjax.cache.size import context_bucket
 from kvjax.cache.state import Cache, empty_cache
 from kvjax.generate.decode import Loop, decode_block, take_sequences
-from kvjax.generate.prefill import feed_tokens, prefill_chunk, prefill_layer, reserve_pages
+from kvjax.generate.prefill import Place, feed_tokens, prefill_chunk, prefill_segment, reserve_pages
 from kvjax.generate.sampling import kind_of, make_state
 from kvjax.generate.state import layouts_of
 from kvjax.model import parameter_shapes
@@ -88,12 +88,12 @@ def lower(program: str, cache: Cache) -> Any:
             return prefill_chunk.lower(params, cache, last, tokens, count, **static)
         case "feed_tokens":
             return feed_tokens.lower(params, cache, last, tokens, count, **static)
-        case "prefill_layer":
+        case "prefill_segment":
             hidden = Shape((BATCH, 19 * CHUNK, CONFIG.hidden_size), jnp.float32)
-            index = Shape((), jnp.int32)
-            layer = params["layers_0"]
-            return prefill_layer.lower(
-                layer, cache, hidden, count, index, config=CONFIG, group=0, chunk=CHUNK, backend=None
+            index = Shape((1,), jnp.int32)
+            layers, places = (params["layers_0"],), (Place(CONFIG.kind(0), 0, 0),)
+            return prefill_segment.lower(
+                layers, cache, hidden, count, index, config=CONFIG, places=places, chunk=CHUNK, backend=None
             )
         case "decode_block":
             sampling = Sampling()
@@ -123,13 +123,13 @@ def every_program() -> list[Any]:
         ("decode_block", LOOK, DENSE),
         ("decode_block", HEAVY, INT8),
         ("prefill_chunk", WINDOW, INT8),
-        ("prefill_layer", LOOK, INT8),
-        ("prefill_layer", HEAVY, DENSE),
+        ("prefill_segment", LOOK, INT8),
+        ("prefill_segment", HEAVY, DENSE),
         ("reserve_pages", HEAVY, INT8),
     }
     cases = []
     for policy in (Full(), WINDOW, STREAM, LOOK, HEAVY):
-        prefill = ("prefill_layer", "feed_tokens") if policy.observes else ("prefill_chunk",)
+        prefill = ("prefill_segment", "feed_tokens") if policy.observes else ("prefill_chunk",)
         for program in ("reserve_pages", *prefill, "decode_block"):
             for codec in (DENSE, INT8):
                 marks = () if (program, policy, codec) in fast else pytest.mark.slow

@@ -1,4 +1,7 @@
-"""The reference operations against a float64 NumPy oracle, and the properties every backend must share with them."""
+"""The operations in plain jnp against a float64 NumPy oracle, and the properties every backend must share with them.
+
+A case runs on the reference and on the block-by-block form, which must agree; here a block is two pages of four slots.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention, attention_weights, merge, paged_attention, paged_weights
+from pallas_kernels.paged_attention import blocks
 
 # float32 keeps 6e-8 of a number; sums over 8 channels, then over at most 24 slots, of numbers near 1 stay well below.
 ROUNDING = 5e-6
@@ -33,13 +37,26 @@ class Case:
     lengths: np.ndarray
 
     def run(self, **changes: Any) -> tuple[np.ndarray, np.ndarray]:
-        """`paged_attention` on this case, with some arguments replaced."""
+        """`paged_attention` on this case, with some arguments replaced: block by block, once it is the reference's."""
+        out, lse = self._run("xla_blocks", **changes)
+        expected = self._run("xla", **changes)
+        close(out, expected[0])
+        close(lse, expected[1])
+        return out, lse
+
+    def _run(self, backend: str, **changes: Any) -> tuple[np.ndarray, np.ndarray]:
         call = dict(q=self.q, k_pool=self.k_pool, v_pool=self.v_pool, block_table=self.table, lengths=self.lengths)
         options = {"layer": np.array([LAYER]), **call, **changes}
         arrays = {name: value for name, value in options.items() if isinstance(value, np.ndarray)}
-        static = {name: value for name, value in options.items() if name not in arrays}
+        static = {name: value for name, value in options.items() if name not in arrays} | {"backend": backend}
         out, lse = jax.jit(lambda arrays: paged_attention(**arrays, **static))(arrays)
         return np.asarray(out), np.asarray(lse)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several trips for a table of 6 pages."""
+    monkeypatch.setitem(blocks.BLOCK_ELEMENTS, jax.default_backend(), 2**10)
 
 
 def make(
@@ -276,12 +293,13 @@ def test_a_sink_logit_merged_equals_one_more_column() -> None:
     close(merged, out * np.exp(lse - np.logaddexp(lse, sink))[..., None])
 
 
-def test_paged_weights_equal_the_oracle_and_sum_to_rows_times_group() -> None:
+@pytest.mark.parametrize("backend", ["xla", "xla_blocks"])
+def test_paged_weights_equal_the_oracle_and_sum_to_rows_times_group(backend: str) -> None:
     case = make(lengths=(9, 4, 3), tokens=3)
     rows = np.array([[1, 1, 1], [0, 0, 1], [1, 0, 0.5]], np.float32)
     queries = case.lengths[:, :1] - 3 + np.arange(3)
     _, lse = case.run(q_positions=queries)
-    options = dict(layer=np.array([LAYER]), q_positions=queries)
+    options = dict(layer=np.array([LAYER]), q_positions=queries, backend=backend)
     actual = paged_weights(case.q, case.k_pool, case.table, case.lengths, lse=lse, row_weights=rows, **options)
     _, _, weights = oracle(case.q, case.k, case.v, visible(slot_positions(case), queries))
     grouped = weights.reshape(*weights.shape[:2], 2, 2, -1)
@@ -378,3 +396,14 @@ def test_a_backend_asked_for_by_name_never_falls_back() -> None:
 def test_misshapen_calls_are_refused_with_their_shapes(change: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         make().run(**change)
+
+
+def test_a_table_cut_to_its_first_pages_reads_each_of_them_once() -> None:
+    # As the sinks of a ring are read: lengths count slots beyond the pages given.
+    case = make(lengths=(21, 20, 18))
+    positions = slot_positions(case)[:, : 3 * PAGE]
+    queries = case.lengths[:, :1] - 1
+    out, lse, _ = oracle(case.q, case.k[:, : 3 * PAGE], case.v[:, : 3 * PAGE], visible(positions, queries))
+    actual = case.run(block_table=case.table[..., :3], positions=positions[:, None], q_positions=queries)
+    close(actual[0], out)
+    close(actual[1], lse)
