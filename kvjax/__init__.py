@@ -11,15 +11,17 @@ from kvjax.cache.codecs import Codec
 from kvjax.cache.config import CacheConfig
 from kvjax.cache.layout import KVSpec
 from kvjax.cache.policies import Policy
+from kvjax.chat import chat_prompt, render_chat
 from kvjax.checkpoint import load, save
 from kvjax.config import MeshConfig, ModelConfig, RopeScaling, Sampling
+from kvjax.convert.generation import sampling_defaults
 from kvjax.generate.api import Stream, extend, fork, generate, prefill, stream
 from kvjax.generate.output import GenerateOutput, Stats
 from kvjax.generate.sampling import LogitsProcessor, ProcessorContext
 from kvjax.generate.score import score
 from kvjax.generate.state import State
 from kvjax.generate.warmup import enable_compilation_cache, warmup
-from kvjax.model import Model, init
+from kvjax.model import Model, init, with_encoder
 from kvjax.plan import Plan, plan
 
 __version__ = "0.1.0"
@@ -42,6 +44,7 @@ __all__ = [
     "State",
     "Stats",
     "Stream",
+    "chat_prompt",
     "codecs",
     "enable_compilation_cache",
     "errors",
@@ -53,8 +56,11 @@ __all__ = [
     "plan",
     "policies",
     "prefill",
+    "render_chat",
+    "sampling_defaults",
     "save",
     "score",
     "stream",
     "warmup",
+    "with_encoder",
 ]

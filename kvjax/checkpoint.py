@@ -29,7 +29,7 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | MeshConfig | None = N
     """Reads a model from a Hugging Face directory, or from one that `save` wrote.
 
     Args:
-      path: a local directory: `config.json` and safetensors of Llama 2 or 3, Qwen2 or 2.5, Qwen3 or Mistral, or
+      path: a local directory: `config.json` and safetensors of a family in `kvjax.convert.families`, or
         `kvjax_config.json` and orbax weights.
       dtype: of the weights: "float32", "bfloat16" or "float16"; "auto": the checkpoint's own (where tensors differ, the
         embedding's); None: bfloat16 on an accelerator, float32 on CPU (bfloat16 products are many times slower there).
@@ -91,6 +91,7 @@ def save(model: Model, path: str | Path, format: str = "orbax") -> None:
             save_hf(model.config, model.params, folder)
         for name, content in agreeing(model.files, model.config):
             if name != TOKENIZER_FILE:
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
         if model.tokenizer is not None:
             (folder / TOKENIZER_FILE).write_bytes(_tokenizer_bytes(model))

@@ -18,6 +18,7 @@ from kvjax.errors import ConfigError
 __all__ = [
     "CacheConfig",
     "Experts",
+    "GoldFinch",
     "Latent",
     "LayerKind",
     "MeshConfig",
@@ -172,6 +173,37 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class GoldFinch:
+    """Recurrent layers below, and above them attention to keys rebuilt from few numbers (GoldFinch 2024, 2407.12077).
+
+    Of a token only hidden_size / compression elements and its id are cached, once for all layers.
+
+    Attributes:
+      lower_layers: layers with a recurrent state (Finch-C2), published two thirds of all; those above attend (GOLD).
+      compression: how many times fewer elements than hidden_size are cached of a token.
+      mix_rank: of what decides how much of its predecessor a token takes.
+      decay_rank: of what decides a lower layer's decay, and of its second value.
+      value_rank: of what corrects an upper layer's keys and values; None: hidden_size / 16, at least 64.
+      rope: upper layers turn channels (2i, 2i + 1) by rope_theta; else order is known from predecessors and causality.
+      norm_eps: of the LayerNorms, all of which have biases.
+    """
+
+    lower_layers: int
+    compression: int = 16
+    mix_rank: int = 32
+    decay_rank: int = 64
+    value_rank: int | None = None
+    rope: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("lower_layers", "compression", "mix_rank", "decay_rank", "value_rank"):
+            value = getattr(self, name)
+            if not (value is None and name == "value_rank") and (not isinstance(value, int) or value <= 0):
+                raise ConfigError(f"goldfinch {name} must be a positive integer, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerKind:
     """What tells one layer of a model from another; layers of one kind share compilations.
 
@@ -180,12 +212,14 @@ class LayerKind:
       reads: has no keys and values of its own and attends to another layer's.
       retains: has gated retention in place of attention.
       local: sees only a window, and turns by `local_rope_theta` where the model has one.
+      crosses: has cross-attention to an encoded context between self-attention and the feed-forward block.
     """
 
     sparse: bool = False
     reads: bool = False
     retains: bool = False
     local: bool = False
+    crosses: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +249,11 @@ class ModelConfig:
       retention_layers: layers with gated retention, a state of one size, in place of attention.
       cross_from: layers from this one on read one set of keys and values, made from the hidden state that this layer is
         given (YOCO, Sun et al. 2024, 2405.05254); a prompt's tokens but the last need not pass through them.
+      goldfinch: recurrent layers, and above them attention to rebuilt keys; says itself what owners are.
+      encoder: a small bidirectional model that reads chunks of context, which layers attend to (CEPE, Yen et al. 2024,
+        2402.16617). It has no head and no window, and its layers are plain ones.
+      context_chunk: tokens of one chunk at most; positions start from 0 in each.
+      cross_layers: how many layers, the last ones, have cross-attention; None: all.
       dtype: the checkpoint's own dtype, "float32", "bfloat16" or "float16".
       eos_token_ids: tokens that end a text.
       extra: remaining fields of the checkpoint's config, kept as JSON so that saving writes them back.
@@ -252,6 +291,10 @@ class ModelConfig:
     owners: tuple[int, ...] = ()
     retention_layers: tuple[int, ...] = ()
     cross_from: int | None = None
+    encoder: ModelConfig | None = None
+    context_chunk: int = 256
+    cross_layers: int | None = None
+    goldfinch: GoldFinch | None = None
     tie_word_embeddings: bool = False
     windows: tuple[int | None, ...] = ()
     max_position_embeddings: int = 4096
@@ -286,6 +329,7 @@ class ModelConfig:
             raise ConfigError(f"every window must be None or a positive integer, got {self.windows}")
         self._check_choices()
         self._check_owners()
+        self._check_encoder()
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if not self.rope_theta > 1 or not math.isfinite(self.rope_theta):
@@ -309,10 +353,14 @@ class ModelConfig:
                 f"rotary_fraction must be in (0, 1] and turn an even number of channels, got {self.rotary_fraction} of "
                 f"{self.width}"
             )
-        if self.latent is not None and (self.qk_norm or self.qk_norm_whole or self.rotary_fraction != 1):
-            raise ConfigError(
-                "latent attention has norms and rotated channels of its own: drop qk_norm, rotary_fraction"
-            )
+        if self.latent is not None:
+            names = ("qk_norm", "qk_norm_whole", "rotary_fraction", "rope_interleaved", "local_rope_theta")
+            plain = {field.name: field.default for field in dataclasses.fields(self)}
+            given = [name for name in (*names, "attention_sinks") if getattr(self, name) != plain[name]]
+            if given:
+                raise ConfigError(
+                    f"latent attention has norms and rotated channels of its own, and no sinks: drop {', '.join(given)}"
+                )
         if self.qk_norm and self.qk_norm_whole:
             raise ConfigError("qk_norm and qk_norm_whole exclude each other")
         for layer in self.experts.dense_layers if self.experts else ():
@@ -323,6 +371,8 @@ class ModelConfig:
         """Owners are earlier layers, own themselves, and see as far as their readers."""
         for name in ("owners", "retention_layers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.goldfinch is not None:
+            return self._check_goldfinch(self.goldfinch)
         self._check_cross()
         if self.owners == tuple(range(self.num_layers)):
             object.__setattr__(self, "owners", ())
@@ -364,6 +414,78 @@ class ModelConfig:
             raise ConfigError(f"owners {self.owners} contradicts cross_from and retention_layers, which mean {owners}")
         object.__setattr__(self, "owners", owners)
 
+    def _check_goldfinch(self, goldfinch: GoldFinch) -> None:
+        """Its layers are of kinds of their own: what shapes others does not apply."""
+        foreign = (
+            *("latent", "experts", "retention_layers", "cross_from", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"),
+            *("qk_norm_whole", "activation", "norm_placement", "norm_unit_offset", "embedding_scale", "query_scale"),
+            *("attention_soft_cap", "attention_sinks", "rotary_fraction", "local_rope_theta"),
+        )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in foreign:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"a model with goldfinch takes no {name}, got {getattr(self, name)!r}; leave it out")
+        if any(self.windows):
+            raise ConfigError(f"goldfinch rebuilds keys from every token: it takes no windows, got {self.windows}")
+        if not goldfinch.lower_layers < self.num_layers:
+            raise ConfigError(
+                f"goldfinch lower_layers must be 1 to {self.num_layers - 1}, of {self.num_layers} layers, got "
+                f"{goldfinch.lower_layers}"
+            )
+        if self.num_kv_heads != self.num_heads or self.num_heads * self.width != self.hidden_size:
+            raise ConfigError(
+                "goldfinch needs num_kv_heads equal to num_heads, and heads that make up hidden_size "
+                f"{self.hidden_size}; got {self.num_kv_heads} and {self.num_heads} of {self.width}"
+            )
+        if self.hidden_size % goldfinch.compression:
+            raise ConfigError(
+                f"goldfinch compression must divide hidden_size {self.hidden_size}, got {goldfinch.compression}"
+            )
+        if goldfinch.rope and not self.rope_interleaved:
+            raise ConfigError("goldfinch with rope turns neighbouring channels together: set rope_interleaved=True too")
+        first = goldfinch.lower_layers
+        owners = (-1,) * first + (first,) * (self.num_layers - first)
+        if self.owners not in ((), owners):
+            raise ConfigError(f"owners {self.owners} contradicts goldfinch, which means {owners}")
+        object.__setattr__(self, "owners", owners)
+
+    def _check_encoder(self) -> None:
+        """Which decoders an encoder can serve, and what an encoder may be."""
+        e = self.encoder
+        if e is None:
+            if self.cross_layers is not None:
+                raise ConfigError(f"cross_layers={self.cross_layers} needs an encoder; give one or drop cross_layers")
+            return
+        if not isinstance(e, ModelConfig):
+            raise ConfigError(f"encoder must be a ModelConfig or None, got {e!r:.80}")
+        for name, most in (("context_chunk", e.max_position_embeddings), ("cross_layers", self.num_layers)):
+            value = getattr(self, name)
+            left_out = value is None and name == "cross_layers"
+            if not left_out and (not isinstance(value, int) or not 1 <= value <= most):
+                raise ConfigError(f"{name} must be an integer from 1 to {most}, got {value!r}")
+        if self.latent or self.goldfinch or self.cross_from is not None or self.retention_layers:
+            raise ConfigError(
+                "an encoder serves layers that attend to keys and values: latent attention, goldfinch, cross_from and "
+                "retention_layers are not implemented beside it"
+            )
+        if self.norm_placement != "pre":
+            raise ConfigError(
+                f"cross-attention normalises what it reads: with an encoder norm_placement must be 'pre', got "
+                f"{self.norm_placement!r}"
+            )
+        if e.encoder or e.latent or e.goldfinch or e.owners or any(e.windows):
+            raise ConfigError(
+                "an encoder's layers are plain and see the whole chunk: drop its own encoder, latent attention, "
+                "goldfinch, owners, cross_from, retention_layers and windows"
+            )
+
+    @property
+    def context_spec(self) -> KVSpec | None:
+        """What the cache must hold of a context: one encoded vector per token, for all layers; None: no encoder."""
+        if self.encoder is None:
+            return None
+        return KVSpec(1, 1, self.encoder.hidden_size, self.encoder.hidden_size, value_in_key=True)
+
     @property
     def width(self) -> int:
         """Per-head width, never None."""
@@ -383,11 +505,26 @@ class ModelConfig:
     def cache_layer(self, layer: int) -> int:
         """Where a model layer's keys and values are: its owner's place among `owning_layers`.
 
-        Of a layer with retention, its place among those.
+        Of a layer with a recurrent state alone, its place among those.
         """
         if layer in self.retention_layers:
             return self.retention_layers.index(layer)
+        if self.goldfinch is not None:
+            return layer if layer < self.goldfinch.lower_layers else 0
         return self.owning_layers.index(self.owners[layer]) if self.owners else layer
+
+    @property
+    def read_from(self) -> int | None:
+        """The first of the layers that all read one thing, made of the hidden state that it is given; None: none do."""
+        return self.cross_from if self.goldfinch is None else self.goldfinch.lower_layers
+
+    @property
+    def reach(self) -> int:
+        """How many of a prompt's last tokens must pass the layers from `read_from` on for the last logits and states.
+
+        Of a cross-decoder one. Each upper layer of GoldFinch looks back a token for the query and one to mix channels.
+        """
+        return 1 if self.goldfinch is None else 2 * (self.num_layers - self.goldfinch.lower_layers) + 1
 
     @property
     def cache_windows(self) -> tuple[int | None, ...]:
@@ -399,9 +536,10 @@ class ModelConfig:
         owner = self.owners[layer] if self.owners else layer
         return LayerKind(
             sparse=self.experts is not None and layer not in self.experts.dense_layers,
-            reads=0 <= owner < layer or layer == self.cross_from,
+            reads=0 <= owner < layer or layer == self.read_from,
             retains=layer in self.retention_layers,
             local=self.local_rope_theta is not None and self.windows[layer] is not None,
+            crosses=self.encoder is not None and layer >= self.num_layers - (self.cross_layers or self.num_layers),
         )
 
     @property
@@ -422,6 +560,11 @@ class ModelConfig:
     @property
     def recurrent_shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Per layer with a state, the shapes of its float32 arrays without the batch."""
+        if self.goldfinch is not None:
+            upper = ((self.hidden_size,),) * 2
+            lower = (*upper, (self.num_heads, self.width, self.width))
+            first = self.goldfinch.lower_layers
+            return (lower,) * first + (upper,) * (self.num_layers - first)
         return (((self.num_heads, self.width, self.width),),) * len(self.retention_layers)
 
     @property
@@ -433,13 +576,17 @@ class ModelConfig:
     def kv_spec(self) -> KVSpec:
         """What the cache must hold for this model."""
         layers = len(self.owning_layers)
+        if self.goldfinch is not None:
+            return KVSpec(layers, 1, self.hidden_size // self.goldfinch.compression, 1, rebuilt=True)
         if self.latent is not None:
             return KVSpec(layers, 1, self.latent.key_dim, self.latent.kv_lora_rank, value_in_key=True)
         return KVSpec(layers, self.num_kv_heads, self.width, self.width)
 
     @property
     def attention_kind(self) -> str:
-        """ "MHA", "GQA", "MQA" or "MLA"."""
+        """ "MHA", "GQA", "MQA", "MLA" or "GOLD"."""
+        if self.goldfinch is not None:
+            return "GOLD"
         if self.latent is not None:
             return "MLA"
         if self.num_kv_heads == self.num_heads:
@@ -458,9 +605,11 @@ class ModelConfig:
         values = dict(table)
         if isinstance(values.get("rope_scaling"), dict):
             values["rope_scaling"] = build(RopeScaling, values["rope_scaling"], f"{source}: rope_scaling")
-        for name, kind in (("latent", Latent), ("experts", Experts)):
+        for name, kind in (("latent", Latent), ("experts", Experts), ("goldfinch", GoldFinch)):
             if isinstance(values.get(name), dict):
                 values[name] = build(kind, values[name], f"{source}: {name}")
+        if isinstance(values.get("encoder"), dict):
+            values["encoder"] = cls.from_dict(values["encoder"], f"{source}: encoder")
         window = values.pop("sliding_window", None)
         if window is not None and "windows" not in values:
             values["windows"] = (window,) * int(values.get("num_layers", 0))

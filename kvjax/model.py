@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from kvjax.attention.dense import DenseAttend
 from kvjax.config import ModelConfig
-from kvjax.models import Decoder
+from kvjax.models import Decoder, Encoder
+from kvjax.models.goldfinch_initial import initial
 from kvjax.typing import Params
 
 
@@ -49,11 +50,17 @@ def parameter_shapes(config: ModelConfig, scan: bool = False) -> Params:
     module = Decoder(config, DenseAttend(), scan=scan)
     dummy = jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(lambda key: module.init(key, dummy, dummy, method="initialise"), jax.random.key(0))
-    return shapes["params"]
+    if config.encoder is None:
+        return shapes["params"]
+    encoder = Encoder(config.encoder, DenseAttend(causal=False))
+    read = jax.eval_shape(lambda key: encoder.init(key, dummy, dummy), jax.random.key(0))
+    return {**shapes["params"], "encoder": read["params"]}
 
 
 def init(config: ModelConfig | str | Path, seed: int = 0, dtype: Any = None) -> Model:
-    """A model with random weights: normal, 1/sqrt(fan-in); norms 1, biases 0, embeddings 0.02.
+    """A model with random weights: normal, 1/sqrt(fan-in); norms 1, biases 0, embeddings 0.02. GoldFinch has its own.
+
+    What a context adds starts at 0 (the output of cross-attention): a decoder with an encoder begins as itself.
 
     Args:
       config: a ModelConfig, or the path of a TOML file with a `[model]` table.
@@ -67,12 +74,41 @@ def init(config: ModelConfig | str | Path, seed: int = 0, dtype: Any = None) -> 
 
     def draw(path: Any, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         name = path[-1].key
+        if config.goldfinch is not None:
+            return initial(config, tuple(part.key for part in path), shape, key).astype(wanted)
+        owner = config.encoder if config.encoder and path[0].key == "encoder" else config
         if name == "scale":
-            return jnp.full(shape, 0 if config.norm_unit_offset else 1, wanted)
-        if name in ("bias", "selection_bias", "sinks"):
+            return jnp.full(shape, 0 if owner.norm_unit_offset else 1, wanted)
+        silent = [part.key for part in path[-3:-1]] == ["cross_attention", "o"]
+        if silent or name in ("bias", "selection_bias", "sinks"):
             return jnp.zeros(shape, wanted)
         spread = 0.02 if name == "embedding" else shape[-2] ** -0.5
         return (spread * jax.random.normal(key, shape, jnp.float32)).astype(wanted)
 
     arrays = [draw(path, leaf.shape, key) for (path, leaf), key in zip(leaves, keys, strict=True)]
     return Model(config, jax.tree_util.tree_unflatten(tree, arrays))
+
+
+def with_encoder(
+    model: Model,
+    encoder: ModelConfig,
+    *,
+    context_chunk: int = 256,
+    cross_layers: int | None = None,
+    encoder_params: Params | None = None,
+    seed: int = 0,
+) -> Model:
+    """A decoder that can also read encoded context (CEPE 2024, 2402.16617), to be trained; until then it is the same.
+
+    Its weights are those of `model`; the cross-attention is drawn as in `init`, with an output of zeros.
+
+    Args:
+      encoder, context_chunk, cross_layers: as in `ModelConfig`.
+      encoder_params: the encoder's weights; None: random ones.
+    """
+    config = dataclasses.replace(model.config, encoder=encoder, context_chunk=context_chunk, cross_layers=cross_layers)
+    fresh = init(config, seed, model.dtype).params
+    params = {name: {**part, **model.params[name]} if name in model.params else part for name, part in fresh.items()}
+    if encoder_params is not None:
+        params["encoder"] = encoder_params
+    return dataclasses.replace(model, config=config, params=params)

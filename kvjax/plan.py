@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from kvjax.cache.config import CacheConfig
-from kvjax.cache.layout import GroupLayout, KVSpec, group_layers
+from kvjax.cache.layout import GroupLayout, KVSpec, context_layout, group_layers
 from kvjax.cache.size import power_of_two, size_groups
 from kvjax.config import ModelConfig, build, read_toml
 from kvjax.errors import ConfigError
@@ -29,6 +29,8 @@ class Plan:
       total_bytes: bytes of the pages in use, the last page of each row rounded up.
       pool_bytes: bytes `kvjax.generate` allocates for such a call: sizes that nobody fixed round up to powers of two.
       recurrent_bytes: bytes of what layers without keys and values remember, whatever the context.
+      context_bytes_per_token: bytes one token of an encoded context takes for all layers together; 0: no encoder. No
+        context is counted above.
       layouts: the groups themselves.
     """
 
@@ -41,6 +43,7 @@ class Plan:
     total_bytes: int
     pool_bytes: int
     recurrent_bytes: int
+    context_bytes_per_token: int
     layouts: tuple[GroupLayout, ...] = dataclasses.field(repr=False)
 
     def bytes_at(self, tokens: int) -> int:
@@ -98,6 +101,8 @@ def plan(
         for layer in layout.layers
     }
     pools = size_groups(layouts, power_of_two(batch), context, cache.memory_bytes)
+    read = config.context_spec if isinstance(config, ModelConfig) else None
+    beside = context_layout(read, cache, dtype or own).bytes_per_token if read else 0
     return Plan(
         context=context,
         batch=batch,
@@ -108,6 +113,7 @@ def plan(
         total_bytes=sum(per_layer.values()),
         pool_bytes=sum(count * layout.page_bytes for layout, (_, count) in zip(layouts, pools, strict=True)),
         recurrent_bytes=4 * batch * states,
+        context_bytes_per_token=beside,
         layouts=layouts,
     )
 

@@ -46,3 +46,16 @@ class Scoring(NamedTuple):
 
     soft_cap: float | None = None
     sinks: jax.Array | None = None
+
+
+class Held(NamedTuple):
+    """What is held of the tokens so far, for layers that rebuild keys and values from it.
+
+    Attributes:
+      k: [B, S, K, D]; v: [B, S, K, Dv].
+      positions: int32[B, S], -1 where nothing is held; others ascend, with the token before in the slot before.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array

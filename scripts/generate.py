@@ -40,6 +40,7 @@ class Options:
     Attributes:
       model: a Hugging Face directory or a kvjax checkpoint.
       prompt: the text to continue; "-" reads standard input.
+      chat: the prompt is a user's message: it is put into the model's chat template.
       demo: complete a piece of Python with the repository's own model, under three caches.
       tokens: how many tokens to generate at most.
       policy, codec: how the cache is kept, e.g. full, sliding_window:256, streaming_llm:4,252, h2o:64,64; dense, int8.
@@ -51,6 +52,7 @@ class Options:
 
     model: Annotated[Path | None, tyro.conf.Positional] = None
     prompt: str = DEMO_PROMPT
+    chat: bool = False
     demo: bool = False
     tokens: int = 200
     policy: str = "full"
@@ -95,7 +97,9 @@ def run_one(options: Options, console: Console) -> None:
         page_size=options.page_size,
         num_pages=options.num_pages,
     )
-    out = stream_text(model, prompt, options, config, console)
+    tokens = kvjax.chat_prompt(model, [{"role": "user", "content": prompt}]) if options.chat else prompt
+    console.print(prompt, style="dim", end="\n" if options.chat else "", markup=False)
+    out = stream_text(model, tokens, options, config, console)
     console.print(stats_table({f"{options.policy}, {options.codec}": out}))
 
 
@@ -119,6 +123,7 @@ def run_demo(options: Options, console: Console) -> None:
         # Compiling is left out of the table: it shows what a second request of this size takes.
         first = kvjax.generate(model, [options.prompt], 3, config, sampling_of(options), context=context)
         console.print(f"[dim]{first.stats.compiles} programs compiled or fetched[/]")
+        console.print(options.prompt, style="dim", end="", markup=False)
         outputs[name] = stream_text(model, options.prompt, options, config, console)
     console.rule("[bold]what each cache cost")
     console.print(stats_table(outputs))
@@ -131,10 +136,9 @@ def sampling_of(options: Options) -> kvjax.Sampling:
 
 
 def stream_text(
-    model: kvjax.Model, prompt: str, options: Options, config: kvjax.CacheConfig, console: Console
+    model: kvjax.Model, prompt: str | list[int], options: Options, config: kvjax.CacheConfig, console: Console
 ) -> kvjax.GenerateOutput:
-    """Writes the prompt and its continuation as it comes."""
-    console.print(prompt, style="dim", end="", markup=False)
+    """Writes the continuation of a prompt as it comes."""
     stream = kvjax.stream(
         model,
         prompt,

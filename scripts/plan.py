@@ -64,6 +64,8 @@ def main(arguments: Arguments) -> None:
     console.print(f"{arguments.config.stem}: {cache.policy!r}, {cache.codec!r}, batch {arguments.batch}")
     console.print(f"elements per token: {one.elements_per_token:,}")
     console.print(f"bytes per token: {one.bytes_per_token:,}")
+    if one.context_bytes_per_token:
+        console.print(f"bytes per token of encoded context: {one.context_bytes_per_token:,}")
 
     table = Table(
         "tokens", "GB", "GB allocated", "pages", title="keys and values in use, and the pool a call allocates"

@@ -5,7 +5,9 @@ The environment is set before jax is imported, which is why it happens at the to
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # An empty JAX_PLATFORMS (`make test-all`) lets jax choose; unset means the CPU.
@@ -32,6 +34,20 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Random examples come from a fixed seed, so that a red run is red again; the first call of an example may compile.
 settings.register_profile("kvjax", deadline=None, derandomize=True)
 settings.load_profile("kvjax")
+
+
+MOST_MAPPINGS = 20_000
+"""Memory mappings after which a test process drops its compiled programs: Linux allows 65,530, and each takes some."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_do_not_pile_up() -> Iterator[None]:
+    """Between modules: a process that has compiled some thousand programs would be aborted."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

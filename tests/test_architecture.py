@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "kvjax.model": VALUES | {"kvjax.config", "kvjax.models", "kvjax.attention"},
     "kvjax.convert": VALUES | {"kvjax.config", "kvjax.models", "kvjax.model", "kvjax.distributed"},
     "kvjax.checkpoint": VALUES | {"kvjax.config", "kvjax.convert", "kvjax.model", "kvjax.distributed"},
+    "kvjax.chat": VALUES | {"kvjax.convert", "kvjax.model"},
     "kvjax.generate": VALUES
     | {"kvjax.config", "kvjax.cache", "kvjax.attention", "kvjax.models", "kvjax.model", "kvjax.convert"},
     "kvjax.train": VALUES
@@ -49,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
 # Package of others -> the only packages of ours that may import it.
 RESERVED = {
     "flax": {"kvjax.models"},
+    "jinja2": {"kvjax.chat"},
     "optax": {"kvjax.train"},
     "orbax": {"kvjax.convert", "kvjax.train"},
     "safetensors": {"kvjax.convert"},

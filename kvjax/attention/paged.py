@@ -8,13 +8,14 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.attention.partial import attend_among, covered, merged, turned
+from kvjax.attention.context import cross_paged
+from kvjax.attention.partial import attend_among, attend_over, covered, merged, turned
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.policies.protocol import Read
 from kvjax.cache.state import Cache, Group, with_victims
 from kvjax.cache.write import layer_rows, place, place_in_page, update_layer_rows
 from kvjax.cache.write import write as store
-from kvjax.typing import Rotate, Scoring
+from kvjax.typing import Held, Rotate, Scoring
 from pallas_kernels import paged_attention, paged_weights
 
 
@@ -101,6 +102,47 @@ class PagedAttend:
         group = store(group, index, slots, key, value)
         groups = (*cache.cache.groups[:number], group, *cache.cache.groups[number + 1 :])
         return dataclasses.replace(cache, cache=dataclasses.replace(cache.cache, groups=groups))
+
+    def hold(self, cache: Step, layer: int, k: jax.Array, v: jax.Array, positions: jax.Array) -> tuple[Held, Step]:
+        """Stores k [B,T,1,C] by the codec and v int32[B,T,1,1] as it is, and reads everything held, these included."""
+        number, index = cache.cache.locate(layer)
+        group = cache.cache.groups[number]
+        slots = layer_rows(group, cache.slots[number], index)
+        group = store(group, index, slots, group.layout.codec.encode(k), Encoded(v))
+        groups = (*cache.cache.groups[:number], group, *cache.cache.groups[number + 1 :])
+        cache = dataclasses.replace(cache, cache=dataclasses.replace(cache.cache, groups=groups))
+        return self.held(cache, layer), cache
+
+    def held(self, cache: Step, layer: int) -> Held:
+        """Everything that `hold` has stored of this layer, in the model's dtype; zeros where nothing is held."""
+        number, index = cache.cache.locate(layer)
+        group = cache.cache.groups[number]
+        assert group.v is not None
+        table, place = layer_rows(group, group.table, index)[0], place_in_page(group, index)
+        held = layer_rows(group, group.position, index)[0]
+
+        def gathered(pool: jax.Array) -> jax.Array:
+            """[P, L, K, page_size, ...] -> [B, S, K, ...]."""
+            pages = jnp.moveaxis(pool[jnp.maximum(table, 0), place], 2, 3)
+            return pages.reshape(held.shape[0], -1, *pages.shape[3:])
+
+        keys = group.layout.codec.decode(jax.tree.map(gathered, group.k), jnp.dtype(group.layout.dtype))
+        filled = (held >= 0)[..., None, None]
+        values = gathered(group.v.values)
+        return Held(jnp.where(filled, keys, 0), jnp.where(filled, values, 0), held)
+
+    def over(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, held: jax.Array, positions: jax.Array, rotate: Rotate
+    ) -> jax.Array:
+        """Causal attention of q [B,T,H,D] at positions to k, v [B,S,K,*] at `held`, unrotated -> [B,T,H,Dv]."""
+        return attend_over(q, k, v, held, positions, rotate, self.backend)
+
+    def cross(
+        self, cache: Step, q: jax.Array, to_k: jax.Array, to_v: jax.Array, positions: jax.Array
+    ) -> jax.Array | None:
+        """Reads the cache's own pages of encoded context."""
+        context = cache.cache.context
+        return cross_paged(context[0], q, to_k, to_v, positions, self.backend) if context else None
 
     def state(self, cache: Step, layer: int) -> tuple[jax.Array, ...]:
         """What the recurrent layer of this number remembers."""

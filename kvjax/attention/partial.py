@@ -57,6 +57,30 @@ def attend_among(
     return merged(parts)
 
 
+def attend_over(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    held: jax.Array,
+    positions: jax.Array,
+    rotate: Rotate,
+    backend: str | None = None,
+) -> jax.Array:
+    """Causal attention of q [B,T,H,D] at positions int32[B,T] to k, v [B,S,K,*] at `held` int32[B,S], all unrotated.
+
+    -1 is padding on either side. Returns [B,T,H,Dv].
+    """
+    return attention(
+        rotate(q, positions),
+        rotate(k, held),
+        v,
+        causal=True,
+        positions=held,
+        q_positions=positions,
+        backend=backend,
+    )[0]
+
+
 def merged(parts: Sequence[tuple[jax.Array, jax.Array]], sinks: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Partial results (out [B,T,H,Dv], lse float32[B,T,H]) as one, a learned sink per head [H] among them if given.
 

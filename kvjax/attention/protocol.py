@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import jax
 
-from kvjax.typing import Rotate, Scoring
+from kvjax.typing import Held, Rotate, Scoring
 
 
 class Attend(Protocol):
@@ -47,6 +47,31 @@ class Attend(Protocol):
         self, cache: Any, layer: Any, k: jax.Array, v: jax.Array | None, positions: jax.Array, rotate: Rotate
     ) -> Any:
         """Takes in keys and values that calls with write False read; only models with a cross-decoder call it."""
+        ...
+
+    def hold(self, cache: Any, layer: int, k: jax.Array, v: jax.Array, positions: jax.Array) -> tuple[Held, Any]:
+        """Takes in k [B,T,1,C] and v int32[B,T,1,1] as they are, and gives back all that is held, these included.
+
+        Only models that rebuild keys and values on every read call it.
+        """
+        ...
+
+    def over(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, held: jax.Array, positions: jax.Array, rotate: Rotate
+    ) -> jax.Array:
+        """Causal attention of q [B,T,H,D] at positions int32[B,T] to k, v [B,S,K,*] at `held` int32[B,S], unrotated.
+
+        Nothing is stored. Only models that rebuild keys and values call it.
+        """
+        ...
+
+    def cross(
+        self, cache: Any, q: jax.Array, to_k: jax.Array, to_v: jax.Array, positions: jax.Array
+    ) -> jax.Array | None:
+        """q [B,T,H,D] over the sequences' encoded context -> [B,T,H,D]; None: there is none in this call.
+
+        to_k, to_v [E,K,D] make keys and values of what an encoder gave. Only models with an encoder call it.
+        """
         ...
 
     def state(self, cache: Any, layer: int) -> tuple[jax.Array, ...] | None:

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.context import cross_paged
 from kvjax.attention.partial import attend_among, merged
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.layout import GroupLayout
+from kvjax.cache.state import Group
 from kvjax.typing import Rotate, Scoring
 from pallas_kernels import attention_weights
 
@@ -24,6 +26,7 @@ class Scratch:
       k, v: encoded as the cache will hold them, leaves [B, T, K, ...]; v None: the value lies in the key.
       weights: float32[B, K, T], the attention mass each token has received from the rows the policy counts.
       lengths: int32[B], prompt lengths. offset: int32[], where this chunk starts.
+      context: the cache's pages of encoded context, to be read only.
     """
 
     k: Encoded
@@ -31,9 +34,10 @@ class Scratch:
     weights: jax.Array
     lengths: jax.Array
     offset: jax.Array
+    context: tuple[Group, ...] = ()
 
 
-def empty_scratch(layout: GroupLayout, lengths: jax.Array, tokens: int) -> Scratch:
+def empty_scratch(layout: GroupLayout, lengths: jax.Array, tokens: int, context: tuple[Group, ...] = ()) -> Scratch:
     """Scratch for prompts of up to `tokens` tokens."""
     batch = lengths.shape[0]
 
@@ -47,6 +51,7 @@ def empty_scratch(layout: GroupLayout, lengths: jax.Array, tokens: int) -> Scrat
         weights=jnp.zeros((batch, layout.spec.kv_heads, tokens), jnp.float32),
         lengths=lengths,
         offset=jnp.zeros((), jnp.int32),
+        context=context,
     )
 
 
@@ -106,6 +111,12 @@ class ScratchAttend:
                 backend=self.backend,
             )
         return out, dataclasses.replace(cache, k=key, v=value, weights=weights)
+
+    def cross(
+        self, cache: Scratch, q: jax.Array, to_k: jax.Array, to_v: jax.Array, positions: jax.Array
+    ) -> jax.Array | None:
+        """Reads the encoded context where it is."""
+        return cross_paged(cache.context[0], q, to_k, to_v, positions, self.backend) if cache.context else None
 
     def end(self, cache: Scratch) -> Scratch:
         """Nothing to finish."""

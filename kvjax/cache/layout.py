@@ -23,6 +23,8 @@ class KVSpec:
       kv_heads: key-value heads per layer.
       key_dim, value_dim: elements of one key and one value.
       value_in_key: the value is the first value_dim elements of the key (MLA): nothing else is stored.
+      rebuilt: keys and values are rebuilt on every read from what is held of a token and of the one before it: the key
+        as stored, and the value, int32 token ids that no codec touches (GoldFinch).
     """
 
     layers: int
@@ -30,6 +32,7 @@ class KVSpec:
     key_dim: int
     value_dim: int
     value_in_key: bool = False
+    rebuilt: bool = False
 
     @property
     def elements_per_token(self) -> int:
@@ -82,8 +85,11 @@ class GroupLayout:
     def bytes_per_vector_pair(self) -> int:
         """Bytes of one token's key and value in one head, scales included."""
         key = self.codec.bytes_per_vector(self.spec.key_dim, self.dtype)
-        value = 0 if self.spec.value_in_key else self.codec.bytes_per_vector(self.spec.value_dim, self.dtype)
-        return key + value
+        if self.spec.value_in_key:
+            return key
+        if self.spec.rebuilt:
+            return key + 4 * self.spec.value_dim
+        return key + self.codec.bytes_per_vector(self.spec.value_dim, self.dtype)
 
     @property
     def page_bytes(self) -> int:
@@ -112,7 +118,8 @@ def group_layers(
     A layer that the model itself windows holds only that window: Full becomes SlidingWindow there.
 
     Raises:
-      ConfigError: an override names a layer the model lacks, or a policy cannot serve a windowed layer.
+      ConfigError: an override names a layer the model lacks, or a policy cannot serve a windowed layer, or one whose
+        keys are rebuilt.
     """
     dtype = jnp.dtype(dtype).name
     windows = windows or (None,) * spec.layers
@@ -125,6 +132,11 @@ def group_layers(
     groups: dict[tuple, list[int]] = {}
     for layer in range(spec.layers):
         config = chosen.get(layer, cache)
+        if spec.rebuilt and not (config.policy.in_order and config.policy.append_only):
+            raise ConfigError(
+                f"{config.policy!r} cannot serve this model: its keys are rebuilt from each token and the one before, "
+                "so every token must stay; use policies.Full()"
+            )
         policy, window = _within_window(config.policy, windows[layer])
         key = (policy, config.codec, config.page_size or DEFAULT_PAGE_SIZE, window, config.num_pages)
         groups.setdefault(key, []).append(layer)
@@ -132,6 +144,12 @@ def group_layers(
         GroupLayout(tuple(layers), spec, policy, codec, page_size, window, num_pages, dtype)
         for (policy, codec, page_size, window, num_pages), layers in groups.items()
     )
+
+
+def context_layout(spec: KVSpec, cache: CacheConfig, dtype: str) -> GroupLayout:
+    """The group of an encoded context: held whole and in order, in the cache's codec and pages; sized by the call."""
+    dtype = jnp.dtype(dtype).name
+    return GroupLayout((0,), spec, Full(), cache.codec, cache.page_size or DEFAULT_PAGE_SIZE, None, None, dtype)
 
 
 def _within_window(policy: Policy, window: int | None) -> tuple[Policy, int | None]:

@@ -59,12 +59,12 @@ def take(cache: Cache, parents: jax.Array) -> Cache:
     """
     alive = parents >= 0
     chosen = jnp.maximum(parents, 0)
-    groups = tuple(_take(group, chosen, alive) for group in cache.groups)
+    groups, context = (tuple(_take(group, chosen, alive) for group in part) for part in (cache.groups, cache.context))
 
     def pick(state: jax.Array) -> jax.Array:
         return jnp.where(alive.reshape(-1, *(1,) * (state.ndim - 1)), state[chosen], jnp.zeros((), state.dtype))
 
-    return Cache(groups, pick(cache.seen), jax.tree.map(pick, cache.recurrent))
+    return Cache(groups, pick(cache.seen), jax.tree.map(pick, cache.recurrent), context)
 
 
 def fork(cache: Cache, n: int) -> Cache:
@@ -78,10 +78,13 @@ def release(cache: Cache, which: jax.Array) -> Cache:
 
 
 def resize(cache: Cache, pages: tuple[tuple[int, int], ...]) -> Cache:
-    """Widens tables and pools to (pages per row, pages in the pool) per group; nothing shrinks. Copies pools once."""
-    return dataclasses.replace(
-        cache, groups=tuple(_resize(group, n, p) for group, (n, p) in zip(cache.groups, pages, strict=True))
-    )
+    """Widens tables and pools to (pages per row, pages in the pool) per group, those of a context last.
+
+    Nothing shrinks. Copies pools once.
+    """
+    count, every = len(cache.groups), (*cache.groups, *cache.context)
+    resized = tuple(_resize(group, n, p) for group, (n, p) in zip(every, pages, strict=True))
+    return dataclasses.replace(cache, groups=resized[:count], context=resized[count:])
 
 
 def _wish(group: Group, seen: jax.Array, n: jax.Array) -> _Wish:

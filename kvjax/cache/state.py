@@ -71,11 +71,13 @@ class Cache:
       groups: one per set of layers with equal choices.
       seen: int32[B], tokens each sequence has had, held or not: the next token's position.
       recurrent: per layer that keeps a state instead of keys and values, its arrays [B, ...]; zeros before any token.
+      context: one group of encoded vectors that all layers read and no token is added to; empty without a context.
     """
 
     groups: tuple[Group, ...]
     seen: jax.Array
     recurrent: tuple[tuple[jax.Array, ...], ...] = ()
+    context: tuple[Group, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -90,7 +92,7 @@ class Cache:
     @property
     def pool_bytes(self) -> int:
         """Bytes of all pools."""
-        return sum(group.pool_bytes for group in self.groups)
+        return sum(group.pool_bytes for group in (*self.groups, *self.context))
 
     def locate(self, layer: int | jax.Array) -> tuple[int, int | jax.Array]:
         """A model layer's group and its index within. A traced layer (of a scan over layers) needs a single group."""
@@ -107,13 +109,17 @@ class Cache:
 def empty_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded | None]:
     """Zeroed key and value pools."""
 
+    lead = (num_pages, layout.layers_per_page, layout.heads_per_page, layout.page_size)
+
     def pool(width: int) -> Encoded:
-        lead = (num_pages, layout.layers_per_page, layout.heads_per_page, layout.page_size)
         one = jax.eval_shape(layout.codec.encode, jax.ShapeDtypeStruct((1, width), layout.dtype))
         return jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape[1:]), leaf.dtype), one)
 
-    value = None if layout.spec.value_in_key else pool(layout.spec.value_dim)
-    return pool(layout.spec.key_dim), value
+    if layout.spec.value_in_key:
+        return pool(layout.spec.key_dim), None
+    if layout.spec.rebuilt:
+        return pool(layout.spec.key_dim), Encoded(jnp.zeros((*lead, layout.spec.value_dim), jnp.int32))
+    return pool(layout.spec.key_dim), pool(layout.spec.value_dim)
 
 
 def empty_group(layout: GroupLayout, batch: int, pages_per_row: int, num_pages: int) -> Group:

@@ -17,6 +17,9 @@ PARAMS_FOLDER = "params"
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Holds one `NAME.jinja` for each further chat template; its files are side files too."""
 SIDECARS = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
@@ -25,7 +28,7 @@ SIDECARS = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE_FILE,
     GENERATION_FILE,
 )
 """Small files beside the weights, kept by loading and written back by saving."""
@@ -36,7 +39,9 @@ _OURS = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safete
 def read_sidecars(path: Path) -> tuple[tuple[str, bytes], ...]:
     """Name and content of the side files that `path` holds."""
     try:
-        return tuple((name, (path / name).read_bytes()) for name in SIDECARS if (path / name).is_file())
+        templates = sorted(f"{TEMPLATE_FOLDER}/{file.name}" for file in (path / TEMPLATE_FOLDER).glob("*.jinja"))
+        names = [name for name in (*SIDECARS, *templates) if (path / name).is_file()]
+        return tuple((name, (path / name).read_bytes()) for name in names)
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -83,8 +88,9 @@ def _check_replaceable(path: Path) -> None:
     weights = any(_OURS.fullmatch(name) and name != "config.json" for name in names)
     if not ours and not weights:
         raise CheckpointError(f"{path} is not empty and holds no checkpoint; choose another directory")
-    allowed = {*SIDECARS, *([KVJAX_FILE, PARAMS_FOLDER] if ours else [])}
+    allowed = {*SIDECARS, TEMPLATE_FOLDER, *([KVJAX_FILE, PARAMS_FOLDER] if ours else [])}
     foreign = [name for name in names if name not in allowed and not _OURS.fullmatch(name)]
+    foreign += [file.name for file in (path / TEMPLATE_FOLDER).glob("*") if file.suffix != ".jinja"]
     if foreign:
         raise CheckpointError(
             f"{path} holds {foreign[0]!r}, which is no part of a checkpoint and would be lost; "

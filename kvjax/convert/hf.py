@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import ModelConfig
+from kvjax.convert.families import family_of
 from kvjax.convert.hf_config import PRIVATE, read_config, write_config
 from kvjax.convert.hf_fields import read_json
-from kvjax.convert.hf_names import EMBEDDING, HEAD, IGNORED, is_transposed, tensor_name
+from kvjax.convert.hf_names import EMBEDDING, HEAD, IGNORED
+from kvjax.convert.hf_place import Place, read_parameter, tensors_to_write
 from kvjax.convert.progress import progress
-from kvjax.convert.tensor_file import DTYPES, StoredTensor, TensorToWrite, read_header, write_tensors
-from kvjax.convert.weight_dtypes import all_finite
+from kvjax.convert.tensor_file import StoredTensor, TensorToWrite, read_header, write_tensors
+from kvjax.convert.weight_dtypes import parameter_dtype
 from kvjax.errors import CheckpointError
 from kvjax.model import parameter_shapes
 from kvjax.typing import Params
@@ -39,8 +41,8 @@ def load_hf(
 ) -> tuple[ModelConfig, Params]:
     """Config and weights of a Hugging Face directory.
 
-    One tensor at a time is read, cast, turned and placed: beside the weights themselves, host memory holds the one
-    tensor at hand and a few blocks of `BLOCK_BYTES`.
+    One parameter at a time is read, cast, turned and placed, the experts of a layer together: beside the weights
+    themselves, host memory holds the one parameter at hand and a few blocks of `BLOCK_BYTES`.
 
     Args:
       dtype: what to load in; None: the checkpoint's own.
@@ -53,7 +55,8 @@ def load_hf(
     config = read_config(read_json(source), str(source))
     stored = _stored_tensors(path)
     expected = _by_path(parameter_shapes(config))
-    _check_tensors(path, config, stored, expected)
+    lies = _places(config, expected)
+    _check_tensors(path, config, stored, expected, lies)
     own = stored[EMBEDDING].numpy_dtype
     head_too = config.tie_word_embeddings and HEAD in stored
     if head_too:
@@ -61,16 +64,18 @@ def load_hf(
         config = _remember_head(config)
     config = dataclasses.replace(config, dtype=own.name)
     placed = shardings(config)
-    places: dict[tuple[str, ...], Any] = dict.fromkeys(expected) if placed is None else _by_path(placed)
+    goes: dict[tuple[str, ...], Any] = dict.fromkeys(expected) if placed is None else _by_path(placed)
     params: Params = {}
-    total = sum(stored[tensor_name(leaf)].nbytes for leaf in expected)
+    total = sum(place.nbytes(stored) for place in lies.values())
     with progress(f"loading {path.name}", total) as advance, ThreadPoolExecutor(_threads()) as pool:
         for leaf, shape in expected.items():
-            tensor = stored[tensor_name(leaf)]
-            host = _read(tensor, shape.shape, dtype or own, is_transposed(leaf), pool)
-            # Waiting for each transfer keeps no more than one tensor's host copy alive.
-            _put(params, leaf, jax.block_until_ready(jax.device_put(host, places[leaf])))
-            advance(tensor.nbytes)
+            wanted = parameter_dtype(leaf, dtype or own)
+            if dtype is None and wanted != own:
+                wanted = stored[lies[leaf].names[0]].numpy_dtype
+            host = read_parameter(lies[leaf], stored, shape.shape, wanted, pool)
+            # Waiting for each transfer keeps no more than one parameter's host copy alive.
+            _put(params, leaf, jax.block_until_ready(jax.device_put(host, goes[leaf])))
+            advance(lies[leaf].nbytes(stored))
     return config, params
 
 
@@ -88,10 +93,12 @@ def save_hf(config: ModelConfig, params: Params, path: Path, max_shard_bytes: in
     dtype = params["embed"]["embedding"].dtype
     document = write_config(config, dtype.name)
     (path / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tensors = [_to_write(leaf, value) for leaf, value in _by_path(params).items()]
+    leaves = _by_path(params)
+    lies = _places(config, leaves)
+    tensors = tensors_to_write(leaves, lies.__getitem__)
     if config.tie_word_embeddings and json.loads(config.extra).get(PRIVATE, {}).get("stored_head"):
         embedding = params["embed"]["embedding"]
-        tensors.append(TensorToWrite(HEAD, embedding.shape, embedding.dtype, lambda: _to_host(embedding)))
+        tensors.append(TensorToWrite(HEAD, embedding.shape, embedding.dtype, lambda: np.asarray(jnp.copy(embedding))))
     shards = list(_shards(tensors, max_shard_bytes))
     total = sum(tensor.nbytes for tensor in tensors)
     with progress("saving", total) as advance:
@@ -139,60 +146,46 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return stored
 
 
+def _places(config: ModelConfig, leaves: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Place]:
+    """Where each parameter lies in a checkpoint of the config's family."""
+    family = family_of(config.family, "ModelConfig.family")
+    return {leaf: family.place(config, leaf) for leaf in leaves}
+
+
 def _check_tensors(
     path: Path,
     config: ModelConfig,
     stored: dict[str, StoredTensor],
     expected: dict[tuple[str, ...], jax.ShapeDtypeStruct],
+    lies: dict[tuple[str, ...], Place],
 ) -> None:
     """The same names and shapes as the config promises, and dtypes that can be read."""
-    names = {tensor_name(leaf): leaf for leaf in expected}
+    shapes = {name: place.stored_shape(expected[leaf].shape) for leaf, place in lies.items() for name in place.names}
     allowed = {HEAD} if config.tie_word_embeddings else set()
-    missing = [name for name in names if name not in stored]
+    missing = [name for name in shapes if name not in stored]
     if missing:
         hint = "set tie_word_embeddings if the embedding is the head too" if missing == [HEAD] else ""
         hint = hint or f"{CONFIG_FILE} and the weights may belong to different models"
         raise CheckpointError(f"{path}: missing tensors: {_some(missing)}; {hint}")
-    extra = sorted(name for name in stored if name not in names and name not in allowed and not IGNORED.match(name))
+    family = family_of(config.family, "ModelConfig.family")
+    extra = sorted(
+        name
+        for name in stored
+        if name not in shapes and name not in allowed and not IGNORED.match(name) and not family.unused(config, name)
+    )
     if extra:
         raise CheckpointError(
             f"{path}: tensors that a {config.family} model of this {CONFIG_FILE} does not have: {_some(extra)}; "
             "kvjax would compute something else than their authors meant"
         )
-    for name, leaf in names.items():
-        tensor, shape = stored[name], expected[leaf].shape
-        wanted = shape[::-1] if is_transposed(leaf) else shape
+    for name, wanted in shapes.items():
+        tensor = stored[name]
         if tensor.shape != wanted:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, {CONFIG_FILE} promises {list(wanted)}; "
                 "use the config that belongs to these weights"
             )
         _ = tensor.numpy_dtype  # refuses dtypes that cannot be read, before the first weight is
-
-
-def _read(
-    tensor: StoredTensor, shape: tuple[int, ...], dtype: np.dtype, transposed: bool, pool: ThreadPoolExecutor
-) -> np.ndarray:
-    """One tensor in `shape` and `dtype`, checked to be finite."""
-    out = np.empty(shape, dtype)
-
-    def copy(rows: tuple[int, int]) -> None:
-        with np.errstate(over="ignore"):  # an overflow is reported below, with the tensor's name
-            block = tensor.read(*rows).astype(dtype, copy=False)
-        if not all_finite(block):
-            hint = ", or too large for float16: load them as bfloat16 or float32" if dtype == np.float16 else ""
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name} holds NaN or infinite values as {dtype.name} (stored as "
-                f"{tensor.numpy_dtype.name}); the weights are damaged{hint}"
-            )
-        if transposed:
-            out[:, slice(*rows)] = block.T
-        else:
-            out[slice(*rows)] = block
-
-    for _ in pool.map(copy, tensor.blocks()):
-        pass
-    return out
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
@@ -209,20 +202,6 @@ def _remember_head(config: ModelConfig) -> ModelConfig:
     """Notes that the checkpoint stores the tied matrix twice, so that saving does too."""
     extra = {**json.loads(config.extra), PRIVATE: {"stored_head": True}}
     return dataclasses.replace(config, extra=json.dumps(extra, sort_keys=True))
-
-
-def _to_write(leaf: tuple[str, ...], value: jax.Array) -> TensorToWrite:
-    """A parameter as the tensor it becomes."""
-    name, transposed = tensor_name(leaf), is_transposed(leaf)
-    if value.dtype not in DTYPES.values():
-        raise CheckpointError(f"{'/'.join(leaf)} has dtype {value.dtype}; weights are saved as {', '.join(DTYPES)}")
-    shape = value.shape[::-1] if transposed else value.shape
-    return TensorToWrite(name, shape, value.dtype, lambda: _to_host(value).T if transposed else _to_host(value))
-
-
-def _to_host(value: jax.Array) -> np.ndarray:
-    """The value in host memory. A copy is fetched, because an array keeps what was fetched of it for its lifetime."""
-    return np.asarray(jnp.copy(value))
 
 
 def _shards(tensors: list[TensorToWrite], max_bytes: int) -> Iterator[list[TensorToWrite]]:

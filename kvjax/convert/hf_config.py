@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,17 @@ import numpy as np
 from kvjax.config import ModelConfig
 from kvjax.convert.families import Family, family_of
 from kvjax.convert.hf_fields import Fields
-from kvjax.convert.hf_rope import read_rope, write_rope
 from kvjax.errors import CheckpointError, ConfigError
 from kvjax.models.rotary import inverse_frequencies
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1, 1.0),
     "quantization_config": (),
     "compression_config": (),
     "per_layer_config": ({},),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
+    "use_bidirectional_attention": (False,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
     "attention_chunk_size": (),
@@ -33,9 +33,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, 1.0),
     "logits_scaling": (1, 1.0),
     "logit_scale": (1, 1.0),
+    "lm_head_bias": (False,),
+    "rope_interleave": (False,),
     "rope_interleaved": (False,),
 }
-"""Fields that would change what the model computes, and the values (beside null) under which they do not."""
+"""Fields that would change what the model computes, and the values (beside null) under which they do not, unless the
+family reads them (`Family.reads`)."""
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+"""Names of activations; of several for one, the first is written."""
 
 MAX_LAYERS = 10_000
 
@@ -87,44 +99,49 @@ def read_config(document: dict[str, Any], source: str) -> ModelConfig:
     _check_architecture(family, fields)
     for name, harmless in NEUTRAL.items():
         value = document.get(name)
-        if value is not None and value not in harmless:
+        if name not in family.reads and value is not None and value not in harmless:
             allowed = " or ".join(json.dumps(v) for v in harmless) or "null"
             raise fields.wrong(name, f"{allowed} (kvjax does nothing else)")
-    # A damaged number of layers would otherwise be found only after describing each of them.
-    layers, heads = fields.integer("num_hidden_layers", most=MAX_LAYERS), fields.integer("num_attention_heads")
-    context = fields.integer("max_position_embeddings", family.max_position_embeddings)
-    biased = fields.flag("attention_bias") if family.biases == "config" else False
-    extra = {name: value for name, value in document.items() if name not in _REWRITTEN}
     try:
-        theta, scaling = read_rope(document, context, source)
-        config = ModelConfig(
-            family=family.model_type,
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=fields.integer("hidden_size"),
-            intermediate_size=fields.integer("intermediate_size"),
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=_kv_heads(family, fields, heads),
-            head_dim=_head_dim(family, fields),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
-            qkv_bias=biased or family.biases == "qkv",
-            o_bias=biased,
-            mlp_bias=family.mlp_bias and fields.flag("mlp_bias"),
-            qk_norm=family.qk_norm,
-            tie_word_embeddings=fields.flag("tie_word_embeddings"),
-            windows=_windows(family, fields, layers),
-            max_position_embeddings=context,
-            dtype=_dtype(document),
-            bos_token_id=_bos(family, fields),
-            eos_token_ids=fields.token_ids("eos_token_id", _as_ids(family.eos_token_id)),
-            extra=json.dumps(extra, sort_keys=True),
-        )
+        values = _plain_values(family, fields)
+        values |= family.rope(fields, values["max_position_embeddings"])
+        values |= family.values
+        values |= family.read(fields, values)
+        config = ModelConfig(**values)
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
     _check_rope(config, source)
     return config
+
+
+def _plain_values(family: Family, fields: Fields) -> dict[str, Any]:
+    """The arguments of `ModelConfig` that are read alike in all families."""
+    # A damaged number of layers would otherwise be found only after describing each of them.
+    layers, heads = fields.integer("num_hidden_layers", most=MAX_LAYERS), fields.integer("num_attention_heads")
+    biased = fields.flag("attention_bias", family.attention_bias) if family.biases == "config" else False
+    extra = {name: value for name, value in fields.table.items() if name not in _REWRITTEN}
+    return {
+        "family": family.model_type,
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": fields.integer("hidden_size"),
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": _kv_heads(family, fields, heads),
+        "head_dim": _head_dim(family, fields),
+        "norm_eps": fields.number("rms_norm_eps", family.norm_eps),
+        "qkv_bias": biased or family.biases == "qkv",
+        "o_bias": biased,
+        "mlp_bias": family.mlp_bias and fields.flag("mlp_bias"),
+        "activation": _activation(family, fields),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", family.tie_word_embeddings),
+        "windows": family.windows.read(fields, layers),
+        "max_position_embeddings": fields.integer("max_position_embeddings", family.max_position_embeddings),
+        "dtype": _dtype(fields.table),
+        "bos_token_id": _bos(family, fields),
+        "eos_token_ids": fields.token_ids("eos_token_id", _as_ids(family.eos_token_id)),
+        "extra": json.dumps(extra, sort_keys=True),
+    }
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -138,8 +155,8 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     extra.pop(PRIVATE, None)
     eos = config.eos_token_ids
     document = {
-        "hidden_act": "silu",
         **extra,
+        **_write_activation(config, family, extra),
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": config.vocab_size,
@@ -155,13 +172,14 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": (list(eos) if len(eos) > 1 else eos[0]) if eos else None,
         "dtype" if "dtype" in extra else "torch_dtype": dtype,
-        **write_rope(config, as_parameters=bool(extra.get("rope_parameters"))),
-        **_write_windows(config, family, extra),
+        **family.windows.write(config.windows, extra),
     }
     if family.biases == "config":
         document["attention_bias"] = config.o_bias
     if family.mlp_bias:
         document["mlp_bias"] = config.mlp_bias
+    document |= family.write_rope(config, bool(extra.get("rope_parameters")))
+    document |= family.write(config, extra)
     _check_said(config, document)
     return document
 
@@ -193,10 +211,16 @@ def _check_architecture(family: Family, fields: Fields) -> None:
 
 def _check_rope(config: ModelConfig, source: str) -> None:
     """Numbers that are each allowed can still make rotary frequencies that are none."""
+    scaling = config.rope_scaling
+    if scaling.kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(scaling, name)) != config.rotary_width // 2:
+                raise CheckpointError(
+                    f"{source}: {name} must be a list of {config.rotary_width // 2} numbers, one per pair of channels "
+                    f"that turns, got {len(getattr(scaling, name))}"
+                )
     try:
-        with np.errstate(all="ignore"):
-            frequencies, _ = inverse_frequencies(config.width, config.rope_theta, config.rope_scaling)
-        finite = bool(np.isfinite(frequencies).all())
+        finite = bool(np.isfinite(_frequencies(config)).all())
     except (ArithmeticError, ValueError):
         finite = False
     if not finite:
@@ -204,6 +228,13 @@ def _check_rope(config: ModelConfig, source: str) -> None:
             f"{source}: rope_theta {config.rope_theta} with {config.rope_scaling} gives no finite rotary frequencies; "
             "correct the rope fields"
         )
+
+
+def _frequencies(config: ModelConfig) -> np.ndarray:
+    """What the rotary fields come to: radians per position, and last the factor on cos and sin."""
+    with np.errstate(all="ignore"):
+        frequencies, factor = inverse_frequencies(config.rotary_width, config.rope_theta, config.rope_scaling)
+    return np.append(frequencies, factor)
 
 
 def _kv_heads(family: Family, fields: Fields, heads: int) -> int:
@@ -217,6 +248,27 @@ def _head_dim(family: Family, fields: Fields) -> int | None:
     absent = family.head_dim if "head_dim" not in fields.table else None
     value = fields.integer("head_dim", absent)
     return None if value is None else int(value)
+
+
+def _activation(family: Family, fields: Fields) -> str:
+    """The gate's activation. Gemma names it in a field of its own, beside which `hidden_act` may stand too."""
+    given = {}
+    for name in {family.activation_field: None, "hidden_act": None}:
+        value = fields.table.get(name)
+        if value is not None and not (isinstance(value, str) and value in ACTIVATIONS):
+            raise fields.wrong(name, " or ".join(f'"{name}"' for name in ACTIVATIONS))
+        given[name] = family.activation if value is None else ACTIVATIONS[value]
+    chosen = given[family.activation_field]
+    if fields.table.get("hidden_act") is not None and given["hidden_act"] != chosen:
+        raise fields.wrong("hidden_act", f"what {family.activation_field} says, {chosen}")
+    return chosen
+
+
+def _write_activation(config: ModelConfig, family: Family, extra: dict[str, Any]) -> dict[str, Any]:
+    """The fields that `_activation` reads, under the name that was read where it still is true."""
+    usual = next(name for name, activation in ACTIVATIONS.items() if activation == config.activation)
+    names = {family.activation_field: None} | ({"hidden_act": None} if extra.get("hidden_act") else {})
+    return {name: extra[name] if ACTIVATIONS.get(extra.get(name, "")) == config.activation else usual for name in names}
 
 
 def _bos(family: Family, fields: Fields) -> int | None:
@@ -237,63 +289,27 @@ def _dtype(document: dict[str, Any]) -> str:
     return name if name in ("float32", "bfloat16", "float16") else "float32"
 
 
-def _windows(family: Family, fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """Per layer, how many positions it sees."""
-    types = fields.table.get("layer_types")
-    if types is not None and (not isinstance(types, list) or len(types) != layers):
-        raise fields.wrong("layer_types", f"a list of {layers} entries, one per layer")
-    for name in set(types or ()) - {"full_attention", "sliding_attention"}:
-        raise CheckpointError(
-            f"{fields.source}: layer_types holds {name!r}; allowed: 'full_attention' and 'sliding_attention'"
-        )
-    on = family.windows == "every" or (family.windows == "by_layer" and fields.flag("use_sliding_window"))
-    window = fields.integer("sliding_window", 4096) if on else None
-    if "sliding_window" in fields.table and fields.table["sliding_window"] is None:
-        window = None  # an absent window has a default, an explicit null is none
-    first = 0
-    if family.windows == "by_layer" and window is not None and types is None:
-        first = fields.integer("max_window_layers", 28, least=0)
-    windows = tuple(window if index >= first else None for index in range(layers))
-    if types is None:
-        return windows
-    by_type = tuple(window if name == "sliding_attention" else None for name in types)
-    if "sliding_attention" in types and window is None:
-        raise CheckpointError(f"{fields.source}: layer_types has sliding layers, but sliding_window is off or null")
-    if family.windows != "by_layer" and by_type != windows:
-        raise CheckpointError(
-            f"{fields.source}: layer_types contradicts sliding_window, which holds for every layer of model_type "
-            f"{family.model_type!r}; remove layer_types"
-        )
-    return by_type
-
-
-def _write_windows(config: ModelConfig, family: Family, extra: dict[str, Any]) -> dict[str, Any]:
-    """The fields that `_windows` reads; a switched-off `sliding_window` stays as it was."""
-    windows = config.windows
-    sizes = [w for w in windows if w is not None]
-    if family.windows == "none":
-        return {}
-    if family.windows == "every":
-        return {"sliding_window": sizes[0] if sizes else None}
-    types = ["full_attention" if w is None else "sliding_attention" for w in windows]
-    if not sizes:
-        return {"use_sliding_window": False, **({"layer_types": types} if "layer_types" in extra else {})}
-    return {
-        "use_sliding_window": True,
-        "sliding_window": sizes[0],
-        # Readers older than layer_types know only a number of unwindowed layers in front.
-        "max_window_layers": types.index("sliding_attention"),
-        "layer_types": types,
-    }
-
-
 def _check_said(config: ModelConfig, document: dict[str, Any]) -> None:
     """Reads the document back: whatever comes out differently, this family cannot say."""
     again = read_config(document, "the config.json to be written")
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(config, field.name), getattr(again, field.name)
-        if field.name not in _SAID_OTHERWISE and ours != theirs:
-            raise CheckpointError(
-                f"ModelConfig.{field.name}={ours!r} cannot be written as model_type {config.family!r} (it would be "
-                f'read back as {theirs!r}); save with format="orbax", or choose another family'
-            )
+        if field.name not in _SAID_OTHERWISE and not _equal(ours, theirs):
+            raise _unsayable(config, field.name, theirs)
+    if not np.allclose(_frequencies(config), _frequencies(again), rtol=1e-6, atol=0):
+        raise _unsayable(config, "rope_scaling", again.rope_scaling)
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Whether two values are one, or floats that differ by the rounding of a formula and its inverse."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-12)
+    return bool(ours == theirs)
+
+
+def _unsayable(config: ModelConfig, name: str, theirs: Any) -> CheckpointError:
+    """The error for a field that is lost in writing."""
+    return CheckpointError(
+        f"ModelConfig.{name}={getattr(config, name)!r} cannot be written as model_type {config.family!r} (it would be "
+        f'read back as {theirs!r}); save with format="orbax", or choose another family'
+    )

@@ -55,6 +55,26 @@ class Fields:
             raise self.wrong(name, "a finite positive number")
         return float(value)
 
+    def nullable_number(self, name: str, absent: Any) -> Any:
+        """Likewise, but a null that is there means None, and only an absent field `absent`."""
+        return self.number(name, None if name in self.table else absent)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite positive numbers, as floats."""
+        values = self._get(name, REQUIRED)
+        if not isinstance(values, list) or any(
+            type(value) not in (int, float) or not 0 < value <= sys.float_info.max for value in values
+        ):
+            raise self.wrong(name, "a list of finite positive numbers")
+        return tuple(float(value) for value in values)
+
+    def integers(self, name: str, least: int = 1) -> tuple[int, ...]:
+        """A list of integers, each at least `least`; none where the field is absent."""
+        values = self._get(name, [])
+        if not isinstance(values, list) or any(type(value) is not int or value < least for value in values):
+            raise self.wrong(name, f"a list of integers of at least {least}")
+        return tuple(values)
+
     def flag(self, name: str, default: Any = False) -> Any:
         """true or false."""
         value = self._get(name, default)
@@ -71,6 +91,16 @@ class Fields:
         if any(type(i) is not int for i in ids):
             raise self.wrong(name, "a token id, a list of token ids or null")
         return ids
+
+    def same(self, *names: str, least: int = 1) -> int:
+        """An integer that goes by several names, of which those that are there must agree."""
+        given = [name for name in names if self.table.get(name) is not None] or [names[0]]
+        values = [self.integer(name, least=least) for name in given]
+        if len(set(values)) > 1:
+            raise CheckpointError(
+                f"{self.source}: {' and '.join(given)} are names of one number, but differ: {values}; remove one"
+            )
+        return int(values[0])
 
     def wrong(self, name: str, allowed: str) -> CheckpointError:
         """The error for a field whose value is not allowed."""

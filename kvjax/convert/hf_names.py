@@ -1,10 +1,9 @@
-"""Parameter paths of `kvjax.models.Decoder` and their tensor names in a Hugging Face checkpoint."""
+"""Parameter paths of `kvjax.models.Decoder` and the names that Llama, and most models after it, give their tensors."""
 
 from __future__ import annotations
 
 import re
-
-from kvjax.errors import CheckpointError
+from collections.abc import Mapping
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -12,8 +11,9 @@ EMBEDDING = "model.embed_tokens.weight"
 IGNORED = re.compile(r"^model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$")
 """Buffers that old checkpoints carry and that the config determines."""
 
-_OUTSIDE = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_INSIDE = {
+OUTSIDE: Mapping[str, str] = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+LLAMA_NAMES: Mapping[str, str] = {
     "attention_norm": "input_layernorm",
     "attention/q": "self_attn.q_proj",
     "attention/k": "self_attn.k_proj",
@@ -26,23 +26,21 @@ _INSIDE = {
     "mlp/up": "mlp.up_proj",
     "mlp/down": "mlp.down_proj",
 }
-_LEAF = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+"""Modules of a layer, see `kvjax.convert.families.base.Family.names`."""
 
+SANDWICH_NAMES: Mapping[str, str] = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+"""Norms of layers that normalise what a block gives."""
 
-def tensor_name(path: tuple[str, ...]) -> str:
-    """The tensor name of the parameter at `path`, e.g. ("layers_3", "attention", "q", "kernel") ->
-    "model.layers.3.self_attn.q_proj.weight"."""
-    *modules, leaf = path
-    first, inner = modules[0], "/".join(modules[1:])
-    if first.startswith("layers_") and inner in _INSIDE and leaf in _LEAF:
-        return f"model.layers.{first.removeprefix('layers_')}.{_INSIDE[inner]}.{_LEAF[leaf]}"
-    if first in _OUTSIDE and not inner and leaf in _LEAF:
-        return f"{_OUTSIDE[first]}.{_LEAF[leaf]}"
-    raise CheckpointError(
-        f'parameter {"/".join(path)} has no name in a Hugging Face checkpoint; save with format="orbax"'
-    )
+EXPERT_NAMES: Mapping[str, str] = {
+    "mlp/router/gate": "mlp.gate",
+    "mlp/experts_gate": "mlp.experts.{}.gate_proj",
+    "mlp/experts_up": "mlp.experts.{}.up_proj",
+    "mlp/experts_down": "mlp.experts.{}.down_proj",
+}
+"""A router, and one tensor per expert."""
 
-
-def is_transposed(path: tuple[str, ...]) -> bool:
-    """Kernels are [in, out] here and [out, in] there."""
-    return path[-1] == "kernel"
+LEAVES: Mapping[str, str] = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from kvjax.config import ModelConfig
 from kvjax.convert.directory import KVJAX_FILE, PARAMS_FOLDER
 from kvjax.convert.hf_config import config_from_json, config_to_json
+from kvjax.convert.weight_dtypes import parameter_dtype
 from kvjax.errors import CheckpointError
 from kvjax.model import parameter_shapes
 from kvjax.typing import Params
@@ -55,7 +56,13 @@ def load_orbax(
     if placed is None:
         (device,) = jnp.zeros(()).devices()
         placed = jax.tree.map(lambda _: SingleDeviceSharding(device), expected)
-    target = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype, sharding=where), expected, placed)
+    target = jax.tree_util.tree_map_with_path(
+        lambda path, leaf, where: jax.ShapeDtypeStruct(
+            leaf.shape, parameter_dtype([key.key for key in path], dtype), sharding=where
+        ),
+        expected,
+        placed,
+    )
     # Orbax and TensorStore raise whatever the layer that met the damage raises.
     try:
         with ocp.StandardCheckpointer(restore_concurrent_gb=_concurrent_gb(expected)) as checkpointer:

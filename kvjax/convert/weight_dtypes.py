@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +29,15 @@ def weight_dtype(dtype: Any) -> np.dtype:
     if found is None or found.name not in WEIGHT_DTYPES:
         raise ConfigError(f'dtype must be None, "auto" or one of {", ".join(WEIGHT_DTYPES)}, got {dtype!r}')
     return found
+
+
+def parameter_dtype(path: Sequence[str], dtype: np.dtype) -> np.dtype:
+    """What the parameter at `path` of a model of `dtype` is loaded in.
+
+    That is `dtype`, but float32 for the bias by which DeepSeek-V3 chooses experts: among scores that lie close together
+    it decides by less than bfloat16 can tell.
+    """
+    return np.dtype(np.float32) if path[-1] == "selection_bias" else dtype
 
 
 def all_finite(values: np.ndarray) -> bool:

@@ -47,6 +47,11 @@ LOGICAL_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("bridge", "v", "kernel"): ("embed", "kv_heads"),
     ("bridge", "v", "bias"): ("kv_heads",),
     ("attention", "sinks"): ("heads",),
+    ("cross_norm", "scale"): ("embed",),
+    ("cross_attention", "q", "kernel"): ("embed", "heads"),
+    ("cross_attention", "k", "kernel"): (None, "kv_heads"),
+    ("cross_attention", "v", "kernel"): (None, "kv_heads"),
+    ("cross_attention", "o", "kernel"): ("heads", "embed"),
     ("attention", "q_down", "kernel"): ("embed", None),
     ("attention", "q_down", "bias"): (None,),
     ("attention", "q_up", "kernel"): (None, "heads"),
@@ -54,6 +59,50 @@ LOGICAL_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("attention", "kv_down", "bias"): (None,),
     ("attention", "kv_norm", "scale"): (None,),
     ("attention", "kv_up", "kernel"): (None, "heads"),
+    ("embed_norm", "scale"): ("embed",),
+    ("embed_norm", "bias"): ("embed",),
+    ("norm", "bias"): ("embed",),
+    ("attention_norm", "bias"): ("embed",),
+    ("mlp_norm", "bias"): ("embed",),
+    ("compress", "kernel"): ("embed", None),
+    ("expand", "kernel"): (None, "embed"),
+    ("time_mix", "shift_x"): ("embed",),
+    ("time_mix", "shift"): (None, "embed"),
+    ("time_mix", "shift_down"): ("embed", None),
+    ("time_mix", "shift_up"): (None, None, "embed"),
+    ("time_mix", "decay"): ("heads",),
+    ("time_mix", "decay_down"): ("embed", None),
+    ("time_mix", "decay_up"): (None, "heads"),
+    ("time_mix", "second_down"): ("embed", None),
+    ("time_mix", "second_up"): (None, "heads"),
+    ("time_mix", "r", "kernel"): ("embed", "heads"),
+    ("time_mix", "k", "kernel"): ("embed", "heads"),
+    ("time_mix", "v", "kernel"): ("embed", "heads"),
+    ("time_mix", "norm", "scale"): ("heads",),
+    ("time_mix", "norm", "bias"): ("heads",),
+    ("time_mix", "o", "kernel"): ("heads", "embed"),
+    ("attention", "shift_x"): ("embed",),
+    ("attention", "shift"): (None, "embed"),
+    ("attention", "shift_down"): ("embed", None),
+    ("attention", "shift_up"): (None, None, "embed"),
+    ("attention", "source_shift_x"): ("embed",),
+    ("attention", "source_shift"): (None, "embed"),
+    ("attention", "source_shift_down"): ("embed", None),
+    ("attention", "source_shift_up"): (None, None, "embed"),
+    ("attention", "key_down"): ("embed", None),
+    ("attention", "key_up"): (None, "embed"),
+    ("attention", "value_down"): ("embed", None),
+    ("attention", "value_up"): (None, "embed"),
+    ("attention", "q_norm", "bias"): (None,),
+    ("attention", "k_norm", "bias"): (None,),
+    ("attention", "v_norm", "scale"): (None,),
+    ("attention", "v_norm", "bias"): (None,),
+    ("attention", "out_norm", "scale"): (None,),
+    ("attention", "out_norm", "bias"): (None,),
+    ("channel_mix", "shift"): (None, "embed"),
+    ("channel_mix", "key", "kernel"): ("embed", "mlp"),
+    ("channel_mix", "receptance", "kernel"): ("embed", None),
+    ("channel_mix", "value", "kernel"): ("mlp", "embed"),
     ("mlp", "router", "gate", "kernel"): ("embed", None),
     ("mlp", "router", "gate", "bias"): (None,),
     ("mlp", "router", "selection_bias"): (None,),
@@ -105,7 +154,12 @@ class AxisRules:
 
 
 def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
-    """The logical axis of each dimension of the parameter at `path`, per layer or stacked."""
+    """The logical axis of each dimension of the parameter at `path`, per layer or stacked.
+
+    A context encoder is replicated: it is small beside its decoder, and has widths of its own.
+    """
+    if path[0] == "encoder":
+        return (None,) * len(logical_axes(path[1:]))
     if path[0] == "layers":
         return ("layers", *logical_axes(path[1:]))
     inner = path[1:] if path[0].startswith("layers_") else path

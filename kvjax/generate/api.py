@@ -13,6 +13,7 @@ from kvjax.config import Sampling
 from kvjax.errors import RequestError
 from kvjax.generate import run as running
 from kvjax.generate.compiles import compiled_programs
+from kvjax.generate.contexts import Contexts, encode_contexts
 from kvjax.generate.output import GenerateOutput
 from kvjax.generate.requests import (
     Prompts,
@@ -39,6 +40,7 @@ def generate(
     prefill_chunk: int | None = None,
     backend: str | None = None,
     context: int | None = None,
+    contexts: Contexts | None = None,
 ) -> GenerateOutput:
     """Continues prompts.
 
@@ -53,16 +55,19 @@ def generate(
       prefill_chunk: tokens per prefill chunk; None: 64 on CPU, 256 on accelerators.
       backend: attention kernel; None: the best that can serve.
       context: size tables and pools for sequences of this many tokens instead of what the call needs.
+      contexts: for a model with an encoder, the chunks of context of each prompt, texts or token-id lists of at most
+        `ModelConfig.context_chunk` tokens, which it reads beside the prompt in any order; None: a prompt without.
 
     Returns:
       Tokens, text, log-probabilities and statistics, prompt-major where sampling.n > 1.
 
     Raises:
-      RequestError: an empty prompt, ids outside the vocabulary, max_new_tokens < 1.
+      RequestError: an empty prompt, ids outside the vocabulary, max_new_tokens < 1, contexts the model cannot read.
       OutOfPages: the pool is too small; `partial` holds what was generated for every request.
     """
     begun, compiles = time.perf_counter(), compiled_programs()
     requests = encode_prompts(model, prompts)
+    chunks = encode_contexts(model, contexts, len(requests))
     max_new_tokens = check_new_tokens(max_new_tokens)
     seeds = seeds_of(sampling, seed, len(requests))
     _check_sampling(model, sampling, logit_processors)
@@ -79,6 +84,7 @@ def generate(
             chunk=prefill_chunk,
             backend=backend,
             context=context,
+            chunks=chunks,
         )
     state = start(
         model,
@@ -89,6 +95,7 @@ def generate(
         context=context,
         chunk=prefill_chunk,
         backend=backend,
+        chunks=chunks,
     )
     state = multiply(state, sampling.n)
     jax.block_until_ready(state.last)
@@ -117,6 +124,7 @@ def stream(
     block_steps: int = 4,
     prefill_chunk: int | None = None,
     backend: str | None = None,
+    contexts: Contexts | None = None,
 ) -> Stream:
     """Continues one prompt, giving text as it comes (token ids for a model without tokenizer).
 
@@ -129,13 +137,14 @@ def stream(
     if sampling.n > 1 or sampling.beams > 1:
         raise RequestError(f"stream gives one text; set n=1 and beams=1, got n={sampling.n}, beams={sampling.beams}")
     request = encode_prompt(model, prompt)
+    chunks = encode_contexts(model, contexts, 1)
     max_new_tokens = check_new_tokens(max_new_tokens)
     seeds = seeds_of(sampling, seed, 1)
     _check_sampling(model, sampling, logit_processors)
 
     def runs() -> Iterator[running.Run]:
         begun, compiles = time.perf_counter(), compiled_programs()
-        state = start(model, [request], cache, room=max_new_tokens, chunk=prefill_chunk, backend=backend)
+        state = start(model, [request], cache, room=max_new_tokens, chunk=prefill_chunk, backend=backend, chunks=chunks)
         jax.block_until_ready(state.last)
         run = running.begin(
             model,
@@ -194,17 +203,21 @@ def prefill(
     room: int = 0,
     prefill_chunk: int | None = None,
     backend: str | None = None,
+    contexts: Contexts | None = None,
 ) -> State:
     """Puts prompts into a fresh cache and stops there.
 
     Args:
       room: tokens per sequence to make room for beyond the prompts. A cache whose size is not fixed grows when it must,
         at the price of one copy and one compilation.
+      contexts: as in `generate`; later turns (`extend`) read them too.
 
     Returns:
       A `State` for `extend` and `fork`.
     """
-    return start(model, encode_prompts(model, prompts), cache, room=room, chunk=prefill_chunk, backend=backend)
+    requests = encode_prompts(model, prompts)
+    chunks = encode_contexts(model, contexts, len(requests))
+    return start(model, requests, cache, room=room, chunk=prefill_chunk, backend=backend, chunks=chunks)
 
 
 def extend(

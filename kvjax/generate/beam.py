@@ -19,6 +19,7 @@ from kvjax.config import ModelConfig, Sampling
 from kvjax.generate import beam_math
 from kvjax.generate.beam_math import BeamState, Hypotheses
 from kvjax.generate.compiles import compiled_programs
+from kvjax.generate.contexts import Chunks
 from kvjax.generate.forward import forward_token, logits_of
 from kvjax.generate.output import GenerateOutput
 from kvjax.generate.requests import stop_token_ids
@@ -148,6 +149,7 @@ def beam_search(
     chunk: int | None = None,
     backend: str | None = None,
     context: int | None = None,
+    chunks: Chunks | None = None,
 ) -> GenerateOutput:
     """The sampling.n best of sampling.beams hypotheses of each prompt; see `beam_math` for the rules.
 
@@ -158,7 +160,15 @@ def beam_search(
     width = sampling.beams
     padded = power_of_two(len(prompts))
     state = start(
-        model, prompts, cache, copies=width, room=max_new_tokens, context=context, chunk=chunk, backend=backend
+        model,
+        prompts,
+        cache,
+        copies=width,
+        room=max_new_tokens,
+        context=context,
+        chunk=chunk,
+        backend=backend,
+        chunks=chunks,
     )
     parents = np.where(np.arange(padded) < len(prompts), np.arange(padded), -1)
     held, last = repeat(state, np.repeat(parents, width))

@@ -13,7 +13,7 @@ import numpy as np
 from kvjax.attention.paged import PagedAttend
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.pages import Shortage, reserve, take
-from kvjax.cache.state import Cache
+from kvjax.cache.state import Cache, Group
 from kvjax.config import ModelConfig
 from kvjax.generate.forward import forward_token, logits_of
 from kvjax.generate.sampling import ProcessorContext, SamplingKind, SamplingState, draw
@@ -132,12 +132,17 @@ def forced_block(
 def take_sequences(cache: Cache, parents: np.ndarray | jax.Array) -> Cache:
     """`take`, compiled. The pools stay where they are: only tables and counts pass through the device program."""
     nothing = Encoded(None)
-    bare = dataclasses.replace(cache, groups=tuple(dataclasses.replace(g, k=nothing, v=None) for g in cache.groups))
-    taken = _take_compiled(bare, parents)
-    groups = tuple(
-        dataclasses.replace(new, k=old.k, v=old.v) for new, old in zip(taken.groups, cache.groups, strict=True)
+
+    def bare(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        return tuple(dataclasses.replace(group, k=nothing, v=None) for group in groups)
+
+    def filled(taken: tuple[Group, ...], held: tuple[Group, ...]) -> tuple[Group, ...]:
+        return tuple(dataclasses.replace(new, k=old.k, v=old.v) for new, old in zip(taken, held, strict=True))
+
+    taken = _take_compiled(dataclasses.replace(cache, groups=bare(cache.groups), context=bare(cache.context)), parents)
+    return dataclasses.replace(
+        taken, groups=filled(taken.groups, cache.groups), context=filled(taken.context, cache.context)
     )
-    return dataclasses.replace(taken, groups=groups)
 
 
 _take_compiled = jax.jit(take)

@@ -11,6 +11,7 @@ class Stats:
 
     Attributes:
       kv_bytes_per_token: bytes one held token takes, over all layers and heads, scales included.
+      context_bytes_per_token: bytes one token of the encoded contexts takes, for all layers together; 0: none is held.
       pool_bytes: bytes of the page pools. pages_total: pages in them.
       peak_pages: most pages in use at once. shared_pages: most pages held by more than one sequence at once.
       copied_pages: pages copied because a sequence wrote to a shared one.
@@ -20,6 +21,7 @@ class Stats:
     """
 
     kv_bytes_per_token: int = 0
+    context_bytes_per_token: int = 0
     pool_bytes: int = 0
     pages_total: int = 0
     peak_pages: int = 0

@@ -95,21 +95,29 @@ def prefill_below(
     config: ModelConfig,
     attend: PagedAttend,
 ) -> tuple[Cache, jax.Array]:
-    """`prefill_chunk` through the layers below a cross-decoder only; the hidden states are those it will be given."""
+    """`prefill_chunk` through the layers below `read_from` only.
+
+    Returns the cache, and what layers above will be given of each sequence's last tokens [B, reach, hidden].
+    """
     order = jnp.arange(tokens.shape[1])
     positions = jnp.where(order < count[:, None], cache.seen[:, None] + order, -1)
     hidden, cache = apply(config, attend, params, tokens, positions, cache, method="below")
-    return cache, _last_of(hidden, count, last)
+    newest = count[:, None] + jnp.arange(last.shape[1])
+    return cache, jnp.take_along_axis(jnp.concatenate([last, hidden], axis=1), newest[..., None], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "attend"), donate_argnames=("cache", "last"))
+@functools.partial(jax.jit, static_argnames=("config", "attend"), donate_argnames="cache")
 def prefill_above(
-    params: Params, cache: Cache, last: jax.Array, active: jax.Array, *, config: ModelConfig, attend: PagedAttend
+    params: Params, cache: Cache, last: jax.Array, new: jax.Array, *, config: ModelConfig, attend: PagedAttend
 ) -> tuple[Cache, jax.Array]:
-    """The last token of each sequence where active bool[B], from last [B, hidden] through the cross-decoder."""
-    positions = jnp.where(active, cache.seen - 1, -1)[:, None]
-    hidden, cache = apply(config, attend, params, last[:, None], positions, cache, method="above")
-    return cache, hidden[:, 0]
+    """The last tokens of each sequence, last [B, reach, hidden], through the layers from `read_from` on.
+
+    Only the last new int32[B] of them were given since these layers last ran; where that is none, nothing changes.
+    """
+    order = jnp.arange(last.shape[1]) - last.shape[1]
+    positions = jnp.where(order >= -new[:, None], cache.seen[:, None] + order, -1)
+    hidden, cache = apply(config, attend, params, last, positions, cache, method="above")
+    return cache, hidden[:, -1]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -168,7 +176,9 @@ def prefill_segment(
             made.setdefault(owner, new)
         return jax.lax.dynamic_update_slice_in_dim(hidden, x, start, axis=1), scratches
 
-    scratches = {owner: empty_scratch(layout, lengths, hidden.shape[1]) for owner, layout in layouts.items()}
+    scratches = {
+        owner: empty_scratch(layout, lengths, hidden.shape[1], cache.context) for owner, layout in layouts.items()
+    }
     chunks = (jnp.max(lengths) + chunk - 1) // chunk
     hidden, scratches = jax.lax.fori_loop(0, chunks, body, (hidden, scratches))
     held = list(cache.groups)
@@ -238,9 +248,10 @@ def run_prompts(
         cache, last, hidden = finish_prompt(model.params, cache, hidden, lengths, config=model.config)
         return cache, last, [hidden] if keep_hidden else []
     run = feed_tokens if by_layer(cache) else prefill_chunk
-    last = jnp.asarray(np.zeros((cache.batch, model.config.hidden_size), model.dtype))
+    early = model.config.read_from is not None and not keep_hidden
+    reach = (model.config.reach,) if early else ()
+    last = jnp.asarray(np.zeros((cache.batch, *reach, model.config.hidden_size), model.dtype))
     kept: list[jax.Array] = []
-    early = model.config.cross_from is not None and not keep_hidden
     for start in range(0, int(lengths.max()), chunk):
         count = np.clip(lengths - start, 0, chunk).astype(np.int32)
         tokens = _padded(prompts, cache.batch, start, chunk)
@@ -256,7 +267,7 @@ def run_prompts(
             kept.append(hidden)
     if early:
         cache, last = prefill_above(
-            model.params, cache, last, lengths > 0, config=model.config, attend=PagedAttend(backend)
+            model.params, cache, last, lengths, config=model.config, attend=PagedAttend(backend)
         )
     return cache, last, kept
 

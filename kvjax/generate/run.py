@@ -135,12 +135,13 @@ def output_of(
 
 def cache_stats(cache: Cache) -> Stats:
     """The part of `Stats` that the cache knows."""
-    counters = jax.device_get([(g.peak, g.shared, g.copied) for g in cache.groups])
+    counters = jax.device_get([(g.peak, g.shared, g.copied) for g in (*cache.groups, *cache.context)])
     peak, shared, copied = (int(sum(values)) for values in zip(*counters, strict=True))
     return Stats(
         kv_bytes_per_token=sum(group.layout.bytes_per_token for group in cache.groups),
+        context_bytes_per_token=sum(group.layout.bytes_per_token for group in cache.context),
         pool_bytes=cache.pool_bytes,
-        pages_total=sum(group.num_pages for group in cache.groups),
+        pages_total=sum(group.num_pages for group in (*cache.groups, *cache.context)),
         peak_pages=peak,
         shared_pages=shared,
         copied_pages=copied,

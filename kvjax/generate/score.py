@@ -15,6 +15,7 @@ from kvjax.cache.config import CacheConfig
 from kvjax.cache.size import context_bucket, power_of_two, size_groups
 from kvjax.config import ModelConfig
 from kvjax.errors import RequestError
+from kvjax.generate.contexts import Contexts, context_of, encode_contexts, hold_contexts, memory_beside, padded_contexts
 from kvjax.generate.decode import forced_block
 from kvjax.generate.forward import apply, head, logits_of
 from kvjax.generate.prefill import reserve_pages, run_prompts
@@ -26,10 +27,21 @@ from kvjax.typing import Params
 
 
 @functools.partial(jax.jit, static_argnames=("config", "backend"))
-def forward(params: Params, tokens: jax.Array, *, config: ModelConfig, backend: str | None = None) -> jax.Array:
-    """The training path, without a cache: int32[B, T] -> logits float32[B, T, V]."""
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    contexts: jax.Array | None = None,
+    *,
+    config: ModelConfig,
+    backend: str | None = None,
+) -> jax.Array:
+    """The training path, without a cache: int32[B, T] -> logits float32[B, T, V].
+
+    contexts: int32[B, C, n], C chunks of context per sequence, padded with -1.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = apply(config, DenseAttend(config.cache_windows, backend), params, tokens, positions, None)
+    context = None if contexts is None else context_of(params, contexts, config, backend)
+    hidden, _ = apply(config, DenseAttend(config.cache_windows, backend), params, tokens, positions, context)
     return logits_of(params, hidden, config)
 
 
@@ -42,6 +54,7 @@ def score(
     *,
     prefill_chunk: int | None = None,
     backend: str | None = None,
+    contexts: Contexts | None = None,
 ) -> jax.Array:
     """Logits after every token of given sequences.
 
@@ -50,6 +63,7 @@ def score(
       cache: how keys and values are kept on the paths that have a cache.
       path: "forward": the training path, without a cache. "prefill": all of it through chunked prefill. "decode": the
         first prompt_length tokens through prefill, then one token a step through the same code as `generate`.
+      contexts: the chunks of context of each sequence, as in `generate`.
 
     Returns:
       float32[B, T, V]; entry t is what the model says follows token t.
@@ -60,8 +74,10 @@ def score(
     """
     tokens = _checked(model, tokens)
     batch, length = tokens.shape
+    chunks = encode_contexts(model, contexts, batch)
     if path == "forward":
-        return forward(model.params, tokens, config=model.config, backend=backend)
+        padded = None if chunks is None else padded_contexts(chunks, model.config.context_chunk)
+        return forward(model.params, tokens, padded, config=model.config, backend=backend)
     if path not in ("prefill", "decode"):
         raise RequestError(f'path must be "forward", "prefill" or "decode", got {path!r}')
     if path == "prefill":
@@ -70,7 +86,7 @@ def score(
         raise RequestError(f"prompt_length must be between 1 and the {length} tokens given, got {prompt_length}")
     prefill_chunk = check_chunk(prefill_chunk)
     layouts = layouts_of(model, cache)
-    pages = size_groups(layouts, power_of_two(batch), length, cache.memory_bytes)
+    pages = size_groups(layouts, power_of_two(batch), length, memory_beside(model, cache, chunks))
     held = make_cache(layouts, power_of_two(batch), pages, model.config.recurrent_shapes)
     prompts = [row[:prompt_length].tolist() for row in tokens]
     lengths = np.zeros(held.batch, np.int32)
@@ -78,6 +94,7 @@ def score(
     held, shortage = reserve_pages(held, lengths)
     if raised := out_of_pages(shortage, held, "the sequences"):
         raise raised
+    held = hold_contexts(model, held, chunks, cache, backend)
     held, _, hidden = run_prompts(
         model,
         held,

@@ -15,6 +15,7 @@ from kvjax.cache.pages import Shortage, resize
 from kvjax.cache.size import context_bucket, power_of_two, size_groups
 from kvjax.cache.state import Cache, empty_cache
 from kvjax.errors import ConfigError, OutOfPages, RequestError
+from kvjax.generate.contexts import Chunks, hold_contexts, memory_beside
 from kvjax.generate.decode import take_sequences
 from kvjax.generate.prefill import reserve_pages, run_prompts
 from kvjax.generate.requests import check_chunk
@@ -73,8 +74,12 @@ def start(
     context: int | None = None,
     chunk: int | None = None,
     backend: str | None = None,
+    chunks: Chunks | None = None,
 ) -> State:
     """A state that holds the prompts, its pools sized for `copies` of each and `room` tokens more.
+
+    Args:
+      chunks: per prompt its chunks of context.
 
     Raises:
       OutOfPages: the prompts do not fit in the pool.
@@ -82,13 +87,15 @@ def start(
     chunk = check_chunk(chunk)
     layouts = layouts_of(model, config)
     tokens = max(context or 0, max(map(len, prompts)) + room)
-    pages = size_groups(layouts, power_of_two(len(prompts) * copies), tokens, config.memory_bytes)
+    memory = memory_beside(model, config, chunks)
+    pages = size_groups(layouts, power_of_two(len(prompts) * copies), tokens, memory)
     cache = make_cache(layouts, power_of_two(len(prompts)), pages, model.config.recurrent_shapes)
     lengths = np.zeros(cache.batch, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     cache, shortage = reserve_pages(cache, lengths)
     if raised := out_of_pages(shortage, cache, "the prompts"):
         raise raised
+    cache = hold_contexts(model, cache, chunks, config, backend)
     cache, last, _ = run_prompts(
         model, cache, prompts, context=context_bucket(tokens), fresh=True, chunk=chunk, backend=backend
     )
@@ -137,6 +144,7 @@ def make_room(state: State, more: int) -> State:
         pages.append((max(per_row, group.table.shape[2]), group.num_pages if fixed else max(pool, group.num_pages)))
     if all((group.table.shape[2], group.num_pages) == p for group, p in zip(groups, pages, strict=True)):
         return state
+    pages += [(group.table.shape[2], group.num_pages) for group in state.cache.context]
     return dataclasses.replace(state, cache=resize_cache(state.cache, tuple(pages)))
 
 

@@ -42,6 +42,20 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * scale
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * scale + bias over the last axis, in float32 within (Ba et al. 2016, 1607.06450)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        return (unit_rms(centred, self.eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 class Kernel(nn.Module):
     """A weight [..., in, out] that its user multiplies with in a way of its own."""
 
@@ -64,8 +78,10 @@ class Bias(nn.Module):
         return bias
 
 
-def norm_of(config: ModelConfig, name: str | None = None) -> RMSNorm:
+def norm_of(config: ModelConfig, name: str | None = None) -> RMSNorm | LayerNorm:
     """A model's kind of norm."""
+    if config.goldfinch is not None:
+        return LayerNorm(config.goldfinch.norm_eps, name=name)
     return RMSNorm(config.norm_eps, config.norm_unit_offset, name=name)
 
 

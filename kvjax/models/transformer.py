@@ -18,12 +18,14 @@ from flax import linen as nn
 from kvjax.config import LayerKind, ModelConfig
 from kvjax.errors import ConfigError
 from kvjax.models.attention import Attention
+from kvjax.models.cross_attention import CrossAttention
 from kvjax.models.experts import MixtureOfExperts
+from kvjax.models.goldfinch import GoldFinchLayer, Source, source_of
 from kvjax.models.latent_attention import LatentAttention
 from kvjax.models.layers import FeedForward, norm_of
 from kvjax.models.retention import Retention
 from kvjax.models.rotary import rotary
-from kvjax.typing import KeyValue, Params
+from kvjax.typing import Held, KeyValue, Params
 
 
 class Layer(nn.Module):
@@ -49,6 +51,9 @@ class Layer(nn.Module):
             self._before("attention_norm", x), positions, layer, cache, shared
         )
         x = x + self._after("attention_post_norm", out)
+        if self.kind.crosses:
+            read = CrossAttention(c, self.attend, name="cross_attention")(norm_of(c, "cross_norm")(x), positions, cache)
+            x = x if read is None else x + read
         mlp: Any = (MixtureOfExperts if self.kind.sparse else FeedForward)(c, name="mlp")
         x = x + self._after("mlp_post_norm", mlp(self._before("mlp_norm", x)))
         return (x, cache), own if c.owners else None
@@ -112,6 +117,11 @@ class Decoder(nn.Module):
                 length=c.num_layers,
             )
             self.layers: Any = scanned(c, self.attend, c.kind(0))
+        elif c.goldfinch is not None:
+            self.embed_norm = norm_of(c)
+            self.layers = [GoldFinchLayer(c, self.attend, index) for index in range(c.num_layers)]
+            self.compress = nn.Dense(c.hidden_size // c.goldfinch.compression, use_bias=False)
+            self.expand = nn.Dense(c.hidden_size, use_bias=False)
         else:
             self.layers = [Layer(c, self.attend, c.kind(index)) for index in range(c.num_layers)]
         if c.cross_from is not None:
@@ -127,40 +137,52 @@ class Decoder(nn.Module):
         if self.scan:
             (x, cache), _ = self.layers((x, cache), jnp.arange(self.config.num_layers), positions)
         else:
-            x, cache, shared = self._below(x, positions, cache)
+            x, cache, shared = self._below(tokens, x, positions, cache)
             x, cache = through(self.config, self.layers, x, cache, positions, self._split, shared)
         return self.finish(x), self.attend.end(cache)
 
     def below(self, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """Tokens through the layers below `cross_from` only: hidden states [B, T, hidden] as it takes them, the cache.
+        """Tokens through the layers below `read_from` only: hidden states [B, T, hidden] as it takes them, the cache.
 
         The keys and values that all layers above read are in the cache then: but for a text's last token, that is all.
         """
-        x, cache, _ = self._below(self.embed_tokens(tokens), positions, self.attend.begin(cache, tokens, positions))
+        cache = self.attend.begin(cache, tokens, positions)
+        x, cache, _ = self._below(tokens, self.embed_tokens(tokens), positions, cache)
         return x, self.attend.end(cache)
 
     def above(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """What `below` gave for tokens that the cache holds, through the rest -> final hidden states, the cache."""
         cache = self.attend.resume(cache, positions)
-        x, cache = through(self.config, self.layers, x, cache, positions, self._split, (None, None))
+        shared = (None, None) if self.config.goldfinch is None else self.source(self.attend.held(cache, 0))
+        x, cache = through(self.config, self.layers, x, cache, positions, self._split, shared)
         return self.finish(x), self.attend.end(cache)
 
     @property
     def _split(self) -> int:
-        return self.config.num_layers if self.config.cross_from is None else self.config.cross_from
+        return self.config.num_layers if self.config.read_from is None else self.config.read_from
 
-    def _below(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
-        """Through the layers below `cross_from`, or all; and the keys and values that those above read."""
+    def _below(self, tokens: jax.Array, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
+        """Through the layers below `read_from`, or all; and what those above read."""
         c = self.config
         x, cache = through(c, self.layers[: self._split], x, cache, positions)
+        if c.goldfinch is not None:
+            compressed, ids = self.compress(x)[:, :, None], tokens[:, :, None, None]
+            held, cache = self.attend.hold(cache, 0, compressed, ids, positions)
+            return x, cache, self.source(held)
         if c.cross_from is None:
             return x, cache, None
         shared = self.bridge(x)
         return x, self.attend.put(cache, c.cache_layer(c.cross_from), *shared, positions, rotary(c)), shared
 
+    def source(self, held: Held) -> Source:
+        """What GoldFinch's upper layers rebuild keys and values from."""
+        return source_of(held, self.embed_tokens(held.v[:, :, 0, 0]), self.expand)
+
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[B, T] -> [B, T, hidden], what the first layer takes."""
         x = self.embed(tokens)
+        if self.config.goldfinch is not None:
+            return self.embed_norm(x)
         scale = self.config.embedding_scale
         # As the models that scale were trained: by the factor as their dtype holds it.
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
@@ -197,9 +219,9 @@ def through(
 ) -> tuple[jax.Array, Any]:
     """x [B, T, hidden] through layers[first:]; what owners make of it is handed to their readers.
 
-    `shared`: what layers from `cross_from` on read.
+    `shared`: what layers from `read_from` on read.
     """
-    made: dict[int, Any] = {} if config.cross_from is None else {config.cross_from: shared}
+    made: dict[int, Any] = {} if config.read_from is None else {config.read_from: shared}
     for index, layer in enumerate(layers[first:], first):
         given = made[config.owners[index]] if config.kind(index).reads else None
         (x, cache), own = layer((x, cache), config.cache_layer(index), positions, given)

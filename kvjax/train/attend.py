@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.typing import Rotate
+from kvjax.attention.context import Context, cross_dense
+from kvjax.typing import Held, Rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,22 @@ class BlockCausalAttend:
     ) -> Any:
         """Nothing to store: readers are given the keys and values."""
         return cache
+
+    def hold(self, cache: Any, layer: int, k: jax.Array, v: jax.Array, positions: jax.Array) -> tuple[Held, Any]:
+        """What is held is what is given."""
+        return Held(k, v, positions), cache
+
+    def over(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, held: jax.Array, positions: jax.Array, rotate: Rotate
+    ) -> jax.Array:
+        """The same attention as a layer's own: what is held is the row itself."""
+        return self(None, 0, q, k, v, positions, rotate)[0]
+
+    def cross(
+        self, cache: Any, q: jax.Array, to_k: jax.Array, to_v: jax.Array, positions: jax.Array
+    ) -> jax.Array | None:
+        """Makes keys and values of the context, if one is given."""
+        return cross_dense(cache, q, to_k, to_v, positions) if isinstance(cache, Context) else None
 
     def state(self, cache: Any, layer: int) -> None:
         """Whole texts begin with nothing."""

@@ -22,6 +22,8 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
 
     def adjust(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
+        if names[:2] == ["encoder", "embed"]:
+            return leaf / 0.02
         if names[0] == "embed":
             return leaf if config.tie_word_embeddings else leaf / 0.02
         if names[0] == "head":

@@ -12,6 +12,7 @@ import optax.contrib
 
 from kvjax.attention.dense import DenseAttend
 from kvjax.config import ModelConfig
+from kvjax.generate.contexts import context_of
 from kvjax.models import Decoder
 from kvjax.train.attend import BlockCausalAttend
 from kvjax.train.loss import token_losses
@@ -83,8 +84,23 @@ def muon(
     )
 
 
-def forward(config: ModelConfig, attend: Any = None, scan: bool = True) -> Callable[[Params, jax.Array], jax.Array]:
+def context_only(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer for the encoder and the cross-attention; the decoder stays as it is (CEPE 2024, 2402.16617)."""
+
+    def labels(params: Params) -> Any:
+        learning = {"encoder", "cross_attention", "cross_norm"}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "learning" if learning.intersection(part.key for part in path) else "frozen", params
+        )
+
+    return optax.multi_transform({"learning": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def forward(config: ModelConfig, attend: Any = None, scan: bool = True) -> Callable[..., jax.Array]:
     """`logits(params, tokens int32[B, T]) -> float32[B, T, V]` without a cache.
+
+    For a model with an encoder also `logits(params, tokens, contexts int32[B, C, n])`, C chunks of context for each
+    row, padded with -1.
 
     Args:
       attend: None: the quickest that computes what the model asks for.
@@ -95,9 +111,10 @@ def forward(config: ModelConfig, attend: Any = None, scan: bool = True) -> Calla
         attend = BlockCausalAttend() if plain else DenseAttend(config.cache_windows)
     module = Decoder(config, attend, scan=scan and config.uniform)
 
-    def logits(params: Params, tokens: jax.Array) -> jax.Array:
+    def logits(params: Params, tokens: jax.Array, contexts: jax.Array | None = None) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = module.apply({"params": params}, tokens, positions, None)
+        context = None if contexts is None else context_of(params, contexts, config)
+        hidden, _ = module.apply({"params": params}, tokens, positions, context)
         result: Any = module.apply({"params": params}, hidden, method="logits")
         return result
 
@@ -110,25 +127,29 @@ def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState
 
 
 def make_train_step(
-    logits: Callable[[Params, jax.Array], jax.Array], optimizer: optax.GradientTransformation, parts: int = 1
-) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    logits: Callable[..., jax.Array], optimizer: optax.GradientTransformation, parts: int = 1
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `(state, tokens[B, T], mask[B, T]) -> (state, {"loss", "gradient_norm"})` that donates the state.
+
+    Arrays [B, ...] after the mask are handed to `logits` after the tokens: say, contexts.
 
     Args:
       parts: B is split into so many parts, whose gradients are added up one after another: the same step, in less
         memory, and quicker where a part's activations fit a processor's cache.
     """
 
-    def train_step(state: TrainState, tokens: jax.Array, mask: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        state: TrainState, tokens: jax.Array, mask: jax.Array, *given: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         total = jnp.maximum(jnp.sum(mask[:, 1:]), 1e-6)
 
-        def part_loss(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-            return jnp.sum(token_losses(logits(params, tokens), tokens) * mask[:, 1:]) / total
+        def part_loss(params: Params, tokens: jax.Array, mask: jax.Array, *given: jax.Array) -> jax.Array:
+            return jnp.sum(token_losses(logits(params, tokens, *given), tokens) * mask[:, 1:]) / total
 
-        def add(carry: tuple[jax.Array, Params], part: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
+        def add(carry: tuple[jax.Array, Params], part: tuple[jax.Array, ...]) -> tuple[tuple, None]:
             return jax.tree.map(jnp.add, carry, jax.value_and_grad(part_loss)(state.params, *part)), None
 
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[1]), (tokens, mask))
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (tokens, mask, *given))
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         (loss, gradients), _ = jax.lax.scan(add, zero, split)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)

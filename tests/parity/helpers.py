@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kvjax.attention.dense import DenseAttend
+import kvjax
 from kvjax.model import Model
-from kvjax.models import Decoder
 from tests.parity.cases import BATCH, LENGTH, VOCAB
 
 
@@ -21,15 +18,7 @@ def random_tokens(seed: int = 0) -> np.ndarray:
 
 def forward_logits(model: Model, tokens: np.ndarray) -> np.ndarray:
     """float32[B, T, V] of the training path: plain causal attention, no cache."""
-    module = Decoder(model.config, DenseAttend(windows=model.config.windows))
-
-    @jax.jit
-    def run(params: Any, tokens: jax.Array) -> jax.Array:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = module.apply({"params": params}, tokens, positions, None)
-        return module.apply({"params": params}, hidden, method="logits")
-
-    return np.asarray(run(model.params, jnp.asarray(tokens)))
+    return np.asarray(kvjax.score(model, tokens, path="forward"))
 
 
 def transformers_logits(model: Any, tokens: np.ndarray) -> np.ndarray:

@@ -46,12 +46,48 @@ def test_forward_logits_equal_transformers(case: Case, load_case: LoadCase) -> N
         ("qwen2-windows", {"windows": ()}),
         ("qwen3-layer-types", {"windows": (None, 5)}),
         ("mistral-window", {"windows": (10, 10)}),
+        ("mixtral-window", {"windows": (10, 10)}),
+        ("qwen3-moe-windows", {"windows": ()}),
+        ("gemma2", {"windows": ()}),
+        ("gemma2", {"query_scale": None}),
+        ("gemma2", {"attention_soft_cap": None}),
+        ("gemma2", {"logit_soft_cap": None}),
+        ("gemma3", {"local_rope_theta": None}),
+        ("gemma3-scaled", {"rope_scaling": RopeScaling()}),
+        ("phi3-partial", {"rotary_fraction": 1.0}),
+        ("phi3-longrope", {"rope_scaling": RopeScaling()}),
+        ("deepseek-v2-yarn", {"query_scale": None}),
+        ("gpt-oss", {"attention_sinks": False}),
     ],
 )
 def test_the_comparison_notices_a_setting_that_is_lost(name: str, changes: dict[str, Any], load_case: LoadCase) -> None:
     theirs, ours = load_case(BY_NAME[name])
     tokens = random_tokens()
     wrong = dataclasses.replace(ours, config=dataclasses.replace(ours.config, **changes))
+    assert np.abs(forward_logits(wrong, tokens) - transformers_logits(theirs, tokens)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen3-moe", {"normalize": False}),
+        ("mixtral", {"per_token": 1}),
+        ("deepseek-v2", {"scaling_factor": 1.0}),
+        ("deepseek-v2", {"groups": 1, "groups_per_token": 1}),
+        ("deepseek-v3", {"selection_bias": False}),
+        ("deepseek-v3", {"group_score": "max"}),
+        ("deepseek-v3", {"scoring": "softmax"}),
+        ("gpt-oss", {"limit": 7.0}),
+    ],
+)
+def test_the_comparison_notices_another_choice_of_experts(
+    name: str, changes: dict[str, Any], load_case: LoadCase
+) -> None:
+    theirs, ours = load_case(BY_NAME[name])
+    tokens = random_tokens()
+    assert ours.config.experts is not None
+    experts = dataclasses.replace(ours.config.experts, **changes)
+    wrong = dataclasses.replace(ours, config=dataclasses.replace(ours.config, experts=experts))
     assert np.abs(forward_logits(wrong, tokens) - transformers_logits(theirs, tokens)).max() > 0.1
 
 
@@ -97,3 +133,6 @@ def test_windows_shorter_than_the_sequence_are_among_the_cases(load_case: LoadCa
     assert load_case(BY_NAME["mistral-window"])[1].config.windows == (9, 9)
     assert load_case(BY_NAME["qwen2-windows"])[1].config.windows == (None, 7)
     assert load_case(BY_NAME["qwen3-layer-types"])[1].config.windows == (5, None)
+    assert load_case(BY_NAME["gemma2"])[1].config.windows == (7, None)
+    assert load_case(BY_NAME["gemma3"])[1].config.windows == (6, 6, None)
+    assert load_case(BY_NAME["gpt-oss"])[1].config.windows == (7, None)
