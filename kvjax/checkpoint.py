@@ -123,14 +123,22 @@ def _read_tokenizer(files: tuple[tuple[str, bytes], ...], path: Path) -> Tokeniz
     if content is None:
         return None
     try:
-        return Tokenizer.from_buffer(content)
+        return _whole_texts(content)
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{path / TOKENIZER_FILE} is not a valid tokenizer: {error}; copy it again") from error
+
+
+def _whole_texts(content: bytes) -> Tokenizer:
+    """The tokenizer without what it was last trained with: a cut or padded prompt would be another prompt."""
+    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _tokenizer_bytes(model: Model) -> bytes:
     """The file the tokenizer was read from, unless the model was given another one since."""
     content = dict(model.files).get(TOKENIZER_FILE)
-    if content is not None and Tokenizer.from_buffer(content).to_str() == model.tokenizer.to_str():
+    if content is not None and _whole_texts(content).to_str() == model.tokenizer.to_str():
         return content
     return str(model.tokenizer.to_str(pretty=True)).encode("utf-8")

@@ -82,7 +82,8 @@ def init(config: ModelConfig | str | Path, seed: int = 0, dtype: Any = None) -> 
         silent = [part.key for part in path[-3:-1]] == ["cross_attention", "o"]
         if silent or name in ("bias", "selection_bias", "sinks"):
             return jnp.zeros(shape, wanted)
-        spread = 0.02 if name == "embedding" else shape[-2] ** -0.5
+        fan_in = shape[-1] if name == "weight" else shape[-2]
+        spread = 0.02 if name == "embedding" else fan_in**-0.5
         return (spread * jax.random.normal(key, shape, jnp.float32)).astype(wanted)
 
     arrays = [draw(path, leaf.shape, key) for (path, leaf), key in zip(leaves, keys, strict=True)]

@@ -1,6 +1,7 @@
 """Trains the demo's model on the standard library's source, key=value recall and copying, and measures it.
 
 python scripts/train_demo.py                    # train, or go on where a run was cut short; then write models/demo
+python scripts/train_demo.py --config configs/demo_far.toml --start models/demo --run runs/demo_far   # its second stage
 python scripts/train_demo.py --no-train         # write models/demo from the run's last checkpoint
 python scripts/train_demo.py --evaluate         # measure models/demo as it was saved
 """
@@ -26,7 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import kvjax
-from kvjax.errors import KvjaxError
+from kvjax.errors import ConfigError, KvjaxError
+from kvjax.model import parameter_shapes
 from kvjax.train.checkpoint import load_state, save_state
 from kvjax.train.data import library_files, read_bytes, split_files
 from kvjax.train.evaluate import Logits, copy_accuracy, nats_per_token, predictor, recall_by_depth
@@ -45,6 +47,8 @@ class Arguments:
 
     config: Path = Path("configs/demo.toml")
     """Its [model] and [train] tables."""
+    start: Path | None = None
+    """A model whose weights a new run starts from; None: random ones."""
     run: Path = Path("runs/demo")
     """Holds state.npz, from which a run goes on, and log.jsonl."""
     out: Path = Path("models/demo")
@@ -71,7 +75,7 @@ def main(arguments: Arguments) -> None:
         report(measure(arguments.out, read_bytes(held_out_files, END_ID), arguments.context or recipe.context))
         return
     config = kvjax.ModelConfig.from_toml(arguments.config)
-    state = start(initial_params(config, recipe.seed), recipe.optimizer())
+    state = start(first_params(config, recipe, arguments.start), recipe.optimizer())
     checkpoint = arguments.run / "state.npz"
     if checkpoint.exists() or not arguments.train:
         state = load_state(checkpoint, state)
@@ -80,6 +84,16 @@ def main(arguments: Arguments) -> None:
         state = train(arguments, config, recipe, state, code, held_out)
     write(config, state, arguments.out)
     Console(stderr=True).print(f"{arguments.out}: the model after {int(state.step)} steps")
+
+
+def first_params(config: kvjax.ModelConfig, recipe: Recipe, path: Path | None) -> Params:
+    """What a run starts from, float32: random weights, or those of the model at `path`."""
+    if path is None:
+        return initial_params(config, recipe.seed)
+    model = kvjax.load(path, dtype="float32")
+    if jax.tree.map(jnp.shape, model.params) != jax.tree.map(lambda leaf: leaf.shape, parameter_shapes(config)):
+        raise ConfigError(f"the model at {path} has other shapes than the recipe's [model]; start from one that fits")
+    return model.params
 
 
 def train(

@@ -56,7 +56,7 @@ RESERVED = {
     "safetensors": {"kvjax.convert"},
     "tyro": {"scripts"},
     "matplotlib": {"scripts"},
-    "torch": {"scripts"},
+    "torch": {"scripts", "pallas_kernels.checks"},
     "transformers": {"scripts"},
 }
 # What only scripts may import; `import kvjax` does not even load it.

@@ -37,8 +37,8 @@ def cross_dense(
     positions: jax.Array,
     backend: str | None = None,
 ) -> jax.Array:
-    """q [B,T,H,D], to_k and to_v [E,K,D], positions int32[B,T] (-1: padding) -> [B,T,H,D]; 0 where nothing is seen."""
-    k, v = (jnp.einsum("bse,ekd->bskd", context.encoded, kernel) for kernel in (to_k, to_v))
+    """q [B,T,H,D], to_k and to_v [K,D,E], positions int32[B,T] (-1: padding) -> [B,T,H,D]; 0 where nothing is seen."""
+    k, v = (jnp.einsum("bse,kde->bskd", context.encoded, weight) for weight in (to_k, to_v))
     held = jnp.where(context.real, 0, -1)
     return attention(q, k, v, causal=False, positions=held, q_positions=positions, backend=backend)[0]
 
@@ -52,9 +52,9 @@ def cross_paged(
     costs E elements whatever the number of layers and heads (exact, as in multi-head latent attention).
     """
     batch, tokens, heads, width = q.shape
-    kv_heads = to_k.shape[1]
+    kv_heads = to_k.shape[0]
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, width)
-    wide = jnp.einsum("btkgd,ekd->btkge", grouped, to_k).reshape(batch, tokens, heads, -1)
+    wide = jnp.einsum("btkgd,kde->btkge", grouped, to_k).reshape(batch, tokens, heads, -1)
     slots = group.table.shape[2] * group.layout.page_size
     out, _ = paged_attention(
         wide,
@@ -72,4 +72,4 @@ def cross_paged(
         backend=backend,
     )
     grouped = out.reshape(batch, tokens, kv_heads, heads // kv_heads, -1)
-    return jnp.einsum("btkge,ekd->btkgd", grouped, to_v).reshape(q.shape)
+    return jnp.einsum("btkge,kde->btkgd", grouped, to_v).reshape(q.shape)

@@ -70,7 +70,7 @@ class Attend(Protocol):
     ) -> jax.Array | None:
         """q [B,T,H,D] over the sequences' encoded context -> [B,T,H,D]; None: there is none in this call.
 
-        to_k, to_v [E,K,D] make keys and values of what an encoder gave. Only models with an encoder call it.
+        to_k, to_v [K,D,E] make keys and values of what an encoder gave. Only models with an encoder call it.
         """
         ...
 

@@ -43,4 +43,4 @@ EXPERT_NAMES: Mapping[str, str] = {
 }
 """A router, and one tensor per expert."""
 
-LEAVES: Mapping[str, str] = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
+LEAVES: Mapping[str, str] = dict.fromkeys(("embedding", "weight", "kernel", "scale"), "weight") | {"bias": "bias"}

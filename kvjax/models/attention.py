@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from kvjax.config import LayerKind, ModelConfig
 from kvjax.models.layers import norm_of
+from kvjax.models.linear import Linear
 from kvjax.models.rotary import rotary
 from kvjax.typing import KeyValue, Scoring
 
@@ -39,12 +40,12 @@ class Attention(nn.Module):
             cache, layer, scaled(q, c.query_scale), k, v, positions, rotary(c, self.kind.local), **self._options(shared)
         )
         out = out.reshape(*x.shape[:2], c.num_heads * c.width)
-        return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o")(out), cache, (k, v)
+        return Linear(c.hidden_size, use_bias=c.o_bias, name="o")(out), cache, (k, v)
 
     def _project(self, name: str, x: jax.Array, heads: int) -> jax.Array:
         """[B, T, hidden] -> [B, T, heads, D], normalised if the model does."""
         c = self.config
-        y = nn.Dense(heads * c.width, use_bias=c.qkv_bias, name=name)(x)
+        y = Linear(heads * c.width, use_bias=c.qkv_bias, name=name)(x)
         if c.qk_norm_whole and name != "v":
             y = norm_of(c, f"{name}_norm")(y)
         y = y.reshape(*x.shape[:2], heads, c.width)

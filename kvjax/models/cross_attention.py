@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kvjax.config import ModelConfig
-from kvjax.models.layers import Kernel
+from kvjax.models.linear import Linear, Weight
 
 
 class CrossAttention(nn.Module):
@@ -27,9 +27,9 @@ class CrossAttention(nn.Module):
     def __call__(self, x: jax.Array, positions: jax.Array, cache: Any) -> jax.Array | None:
         c = self.config
         assert c.encoder is not None
-        q = nn.Dense(c.num_heads * c.width, use_bias=False, name="q")(x).reshape(*x.shape[:2], c.num_heads, c.width)
+        q = Linear(c.num_heads * c.width, use_bias=False, name="q")(x).reshape(*x.shape[:2], c.num_heads, c.width)
         to_k, to_v = (
-            Kernel((c.encoder.hidden_size, c.num_kv_heads * c.width), name=name)().reshape(-1, c.num_kv_heads, c.width)
+            Weight((c.num_kv_heads * c.width, c.encoder.hidden_size), name=name)().reshape(c.num_kv_heads, c.width, -1)
             for name in ("k", "v")
         )
         out = self.attend.cross(cache, q, to_k, to_v, positions)
@@ -37,5 +37,5 @@ class CrossAttention(nn.Module):
             if not self.is_initializing():
                 return None
             out = jnp.zeros_like(q)  # every parameter must be met
-        added: jax.Array = nn.Dense(c.hidden_size, use_bias=False, name="o")(out.reshape(*x.shape[:2], -1))
+        added: jax.Array = Linear(c.hidden_size, use_bias=False, name="o")(out.reshape(*x.shape[:2], -1))
         return added

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from kvjax.config import Experts, ModelConfig
 from kvjax.models.layers import ACTIVATIONS, Bias, FeedForward, Kernel
+from kvjax.models.linear import Linear
 
 SIGMOID_SLOPE = 1.702
 """gpt-oss' gate is x * sigmoid(1.702 x)."""
@@ -69,7 +70,7 @@ class Router(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         e = self.experts
-        logits = nn.Dense(e.count, use_bias=e.router_bias, dtype=jnp.float32, name="gate")(x)
+        logits = Linear(e.count, use_bias=e.router_bias, dtype=jnp.float32, name="gate")(x)
         scores = nn.softmax(logits) if e.scoring == "softmax" else nn.sigmoid(logits)
         ranked = scores
         if e.selection_bias:

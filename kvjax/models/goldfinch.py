@@ -20,6 +20,7 @@ from flax import linen as nn
 from kvjax.config import ModelConfig
 from kvjax.models.finch import remember
 from kvjax.models.layers import LayerNorm
+from kvjax.models.linear import Linear
 from kvjax.models.rotary import rotary
 from kvjax.typing import Held
 
@@ -128,10 +129,10 @@ class TimeMix(nn.Module):
         by = before - x
         for_r, for_k, for_v, for_decay, for_second = (x + by * taken for taken in mixture(self, 5, g.mix_rank, x, by))
         r, k = (
-            nn.Dense(hidden, use_bias=False, name=name)(mixed).astype(jnp.float32)
+            Linear(hidden, use_bias=False, name=name)(mixed).astype(jnp.float32)
             for name, mixed in (("r", for_r), ("k", for_k))
         )
-        value = nn.Dense(hidden, use_bias=False, name="v")
+        value = Linear(hidden, use_bias=False, name="v")
         speed = self.param("decay", nn.initializers.zeros, (hidden,))
         speed = speed + low_rank(self, "decay", g.decay_rank, for_decay)
         log_decay = -jnp.exp(speed.astype(jnp.float32))
@@ -143,7 +144,7 @@ class TimeMix(nn.Module):
         out, memory = remember(r, k, v, log_decay, real, memory)
         out = out.reshape(x.shape) + second.astype(jnp.float32)
         out = LayerNorm(g.norm_eps, name="norm")(out).astype(x.dtype)
-        return nn.Dense(hidden, use_bias=False, name="o")(out), memory
+        return Linear(hidden, use_bias=False, name="o")(out), memory
 
 
 class GoldAttention(nn.Module):
@@ -164,7 +165,7 @@ class GoldAttention(nn.Module):
 
         by = before - x
         (taken,) = mixture(self, 1, g.mix_rank, x, by)
-        q = heads("q_norm", nn.Dense(hidden, use_bias=False, name="q")(x + by * taken))
+        q = heads("q_norm", Linear(hidden, use_bias=False, name="q")(x + by * taken))
         held = source.positions >= 0
         by_key, by_value = (predecessors(y, held, None) - y for y in (source.keys, source.values))
         key_taken, value_taken = mixture(self, 2, g.mix_rank, source.values, by_value, "source_shift")
@@ -175,7 +176,7 @@ class GoldAttention(nn.Module):
         rotate = rotary(c) if g.rope else unturned
         out = self.attend.over(q, k, v, source.positions, positions, rotate).reshape(x.shape)
         out = LayerNorm(g.norm_eps, name="out_norm")(out)
-        return nn.Dense(hidden, use_bias=False, name="o")(out)
+        return Linear(hidden, use_bias=False, name="o")(out)
 
 
 class ChannelMix(nn.Module):
@@ -189,9 +190,9 @@ class ChannelMix(nn.Module):
         c = self.config
         shift = self.param("shift", nn.initializers.zeros, (2, c.hidden_size))
         for_k, for_r = (x + (before - x) * taken for taken in shift)
-        inner = jnp.square(nn.relu(nn.Dense(c.intermediate_size, use_bias=False, name="key")(for_k)))
-        gate = nn.sigmoid(nn.Dense(c.hidden_size, use_bias=False, name="receptance")(for_r))
-        return gate * nn.Dense(c.hidden_size, use_bias=False, name="value")(inner)
+        inner = jnp.square(nn.relu(Linear(c.intermediate_size, use_bias=False, name="key")(for_k)))
+        gate = nn.sigmoid(Linear(c.hidden_size, use_bias=False, name="receptance")(for_r))
+        return gate * Linear(c.hidden_size, use_bias=False, name="value")(inner)
 
 
 def mixture(

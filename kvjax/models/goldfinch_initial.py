@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kvjax.config import ModelConfig
 
 SILENT = ("o", "value", "receptance")
-"""Kernels that start at zero, so that a layer starts by changing nothing."""
+"""Weights that start at zero, so that a layer starts by changing nothing."""
 
 
 def initial(config: ModelConfig, path: tuple[str, ...], shape: tuple[int, ...], key: jax.Array) -> jax.Array:
@@ -22,14 +22,14 @@ def initial(config: ModelConfig, path: tuple[str, ...], shape: tuple[int, ...], 
     layer = int(path[0].removeprefix("layers_")) if path[0].startswith("layers_") else 0
     if leaf == "embedding":
         return jax.random.uniform(key, shape, jnp.float32, -1e-4, 1e-4)
-    if leaf == "bias" or leaf.endswith("_down") or (leaf == "kernel" and module in SILENT):
+    if leaf == "bias" or leaf.endswith("_down") or (leaf == "weight" and module in SILENT):
         return jnp.zeros(shape, jnp.float32)
     if leaf.endswith("_up"):
         return jax.random.uniform(key, shape, jnp.float32, -0.01, 0.01)
     if leaf == "scale":
         before_output = modules[1:] in (["time_mix", "norm"], ["attention", "out_norm"])
         return jnp.full(shape, ((1 + layer) / config.num_layers) ** 0.7 if before_output else 1.0, jnp.float32)
-    if leaf == "kernel":
+    if leaf == "weight":
         gain = 0.1 if modules[1:] == ["time_mix", "k"] else 1.0
         if module == "head":
             gain = 0.5 * max(config.vocab_size / config.hidden_size, 1.0) ** 0.5

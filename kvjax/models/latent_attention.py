@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from kvjax.config import LayerKind, ModelConfig
 from kvjax.models.attention import scaled
-from kvjax.models.layers import Kernel, RMSNorm
+from kvjax.models.layers import RMSNorm
+from kvjax.models.linear import Linear, Weight
 from kvjax.models.rotary import rotary
 from kvjax.typing import KeyValue, Scoring
 
@@ -39,17 +40,17 @@ class LatentAttention(nn.Module):
             return RMSNorm(a.norm_eps, c.norm_unit_offset, name=name)
 
         if a.q_lora_rank is None:
-            q = nn.Dense(c.num_heads * a.qk_head_dim, use_bias=False, name="q")(x)
+            q = Linear(c.num_heads * a.qk_head_dim, use_bias=False, name="q")(x)
         else:
-            q = nn.Dense(a.q_lora_rank, use_bias=c.qkv_bias, name="q_down")(x)
-            q = nn.Dense(c.num_heads * a.qk_head_dim, use_bias=False, name="q_up")(norm("q_norm")(q))
+            q = Linear(a.q_lora_rank, use_bias=c.qkv_bias, name="q_down")(x)
+            q = Linear(c.num_heads * a.qk_head_dim, use_bias=False, name="q_up")(norm("q_norm")(q))
         q = q.reshape(*heads, a.qk_head_dim)
-        down = nn.Dense(a.key_dim, use_bias=c.qkv_bias, name="kv_down")(x)
+        down = Linear(a.key_dim, use_bias=c.qkv_bias, name="kv_down")(x)
         latent, rope = jnp.split(down, [a.kv_lora_rank], axis=-1)
         latent = norm("kv_norm")(latent)
         both = a.qk_nope_head_dim + a.v_head_dim
-        kernel = Kernel((a.kv_lora_rank, c.num_heads * both), name="kv_up")()
-        expand = kernel.reshape(a.kv_lora_rank, c.num_heads, both)
+        weight = Weight((c.num_heads * both, a.kv_lora_rank), name="kv_up")()
+        expand = weight.reshape(c.num_heads, both, a.kv_lora_rank)
         scale = a.qk_head_dim**-0.5 if c.query_scale is None else c.query_scale
         options = {} if c.attention_soft_cap is None else {"scoring": Scoring(c.attention_soft_cap, None)}
 
@@ -61,14 +62,14 @@ class LatentAttention(nn.Module):
 
         if getattr(self.attend, "latent", False):
             nope, turned = jnp.split(q, [a.qk_nope_head_dim], axis=-1)
-            absorbed = jnp.einsum("bthd,rhd->bthr", nope, expand[..., : a.qk_nope_head_dim])
+            absorbed = jnp.einsum("bthd,hdr->bthr", nope, expand[:, : a.qk_nope_head_dim])
             key = jnp.concatenate([latent, rope], axis=-1)[:, :, None]
             out, cache = attended(jnp.concatenate([absorbed, turned], axis=-1), key, None)
-            out = jnp.einsum("bthr,rhd->bthd", out, expand[..., a.qk_nope_head_dim :])
+            out = jnp.einsum("bthr,hdr->bthd", out, expand[:, a.qk_nope_head_dim :])
         else:
-            expanded = jnp.einsum("btr,rhd->bthd", latent, expand)
+            expanded = jnp.einsum("btr,hdr->bthd", latent, expand)
             k, v = jnp.split(expanded, [a.qk_nope_head_dim], axis=-1)
             turned = jnp.broadcast_to(rope[:, :, None], (*heads, a.qk_rope_head_dim))
             out, cache = attended(q, jnp.concatenate([k, turned], axis=-1), v)
         out = out.reshape(*x.shape[:2], c.num_heads * a.v_head_dim)
-        return nn.Dense(c.hidden_size, use_bias=c.o_bias, name="o")(out), cache, (latent, rope)
+        return Linear(c.hidden_size, use_bias=c.o_bias, name="o")(out), cache, (latent, rope)

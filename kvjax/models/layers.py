@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kvjax.config import ModelConfig
+from kvjax.models.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -57,7 +58,7 @@ class LayerNorm(nn.Module):
 
 
 class Kernel(nn.Module):
-    """A weight [..., in, out] that its user multiplies with in a way of its own."""
+    """A weight [in, out] per expert, as `jax.lax.ragged_dot` wants them: [experts, in, out]."""
 
     shape: tuple[int, ...]
 
@@ -98,8 +99,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width, bias = self.width or self.config.intermediate_size, self.config.mlp_bias
-        gate = nn.Dense(width, use_bias=bias, name="gate")(x)
-        up = nn.Dense(width, use_bias=bias, name="up")(x)
-        return nn.Dense(self.config.hidden_size, use_bias=bias, name="down")(
+        gate = Linear(width, use_bias=bias, name="gate")(x)
+        up = Linear(width, use_bias=bias, name="up")(x)
+        return Linear(self.config.hidden_size, use_bias=bias, name="down")(
             ACTIVATIONS[self.config.activation](gate) * up
         )

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from kvjax.config import LayerKind, ModelConfig
 from kvjax.models.layers import unit_rms
+from kvjax.models.linear import Linear
 from kvjax.models.rotary import rotary
 from kvjax.typing import KeyValue
 
@@ -37,10 +38,10 @@ class Retention(nn.Module):
         c = self.config
         width = c.num_heads * c.width
         q, k, v = (
-            nn.Dense(width, use_bias=False, name=name)(x).reshape(*x.shape[:2], c.num_heads, c.width)
+            Linear(width, use_bias=False, name=name)(x).reshape(*x.shape[:2], c.num_heads, c.width)
             for name in ("q", "k", "v")
         )
-        gate = nn.Dense(c.num_heads, use_bias=False, name="decay")(x)
+        gate = Linear(c.num_heads, use_bias=False, name="decay")(x)
         log_decay = nn.log_sigmoid(gate.astype(jnp.float32)) / GATE_TEMPERATURE
         rotate = rotary(c)
         q, k = rotate(q, positions), rotate(k, positions) * jnp.asarray(c.width**-0.5, k.dtype)
@@ -49,8 +50,8 @@ class Retention(nn.Module):
         out, state = retain(q, k, v, log_decay, positions >= 0, start)
         cache = self.attend.keep(cache, layer, (state,))
         out = unit_rms(out, c.norm_eps).astype(x.dtype).reshape(*x.shape[:2], width)
-        out = nn.silu(nn.Dense(width, use_bias=False, name="gate")(x)) * out
-        return nn.Dense(c.hidden_size, use_bias=False, name="o")(out), cache, None
+        out = nn.silu(Linear(width, use_bias=False, name="gate")(x)) * out
+        return Linear(c.hidden_size, use_bias=False, name="o")(out), cache, None
 
 
 def retain(

@@ -23,6 +23,7 @@ from kvjax.models.experts import MixtureOfExperts
 from kvjax.models.goldfinch import GoldFinchLayer, Source, source_of
 from kvjax.models.latent_attention import LatentAttention
 from kvjax.models.layers import FeedForward, norm_of
+from kvjax.models.linear import Linear, product
 from kvjax.models.retention import Retention
 from kvjax.models.rotary import rotary
 from kvjax.typing import Held, KeyValue, Params
@@ -77,7 +78,7 @@ class Bridge(nn.Module):
         c = self.config
         normed = norm_of(c, "norm")(x)
         k, v = (
-            nn.Dense(c.num_kv_heads * c.width, use_bias=c.qkv_bias, name=name)(normed).reshape(
+            Linear(c.num_kv_heads * c.width, use_bias=c.qkv_bias, name=name)(normed).reshape(
                 *x.shape[:2], c.num_kv_heads, c.width
             )
             for name in ("k", "v")
@@ -120,15 +121,15 @@ class Decoder(nn.Module):
         elif c.goldfinch is not None:
             self.embed_norm = norm_of(c)
             self.layers = [GoldFinchLayer(c, self.attend, index) for index in range(c.num_layers)]
-            self.compress = nn.Dense(c.hidden_size // c.goldfinch.compression, use_bias=False)
-            self.expand = nn.Dense(c.hidden_size, use_bias=False)
+            self.compress = Linear(c.hidden_size // c.goldfinch.compression, use_bias=False)
+            self.expand = Linear(c.hidden_size, use_bias=False)
         else:
             self.layers = [Layer(c, self.attend, c.kind(index)) for index in range(c.num_layers)]
         if c.cross_from is not None:
             self.bridge = Bridge(c)
         self.norm = norm_of(c)
         if not c.tie_word_embeddings:
-            self.head = nn.Dense(c.vocab_size, use_bias=False)
+            self.head = Linear(c.vocab_size, use_bias=False)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """tokens, positions int32[B, T] (position -1: padding) -> final hidden states [B, T, hidden] and the cache."""
@@ -194,11 +195,11 @@ class Decoder(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., hidden] -> float32[..., V]."""
         if self.config.tie_word_embeddings:
-            kernel = self.embed.embedding.T
+            weight = self.embed.embedding
         else:
             # Reading the weight rather than calling the module keeps the sum over `hidden` in float32.
-            kernel = self.head.variables["params"]["kernel"]
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+            weight = self.head.variables["params"]["weight"]
+        logits = product(hidden, weight, jnp.float32)
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -18,6 +18,12 @@ from kvjax.train.attend import BlockCausalAttend
 from kvjax.train.loss import token_losses
 from kvjax.typing import Params
 
+MATRICES = {
+    "weight": optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2),
+    "kernel": optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1),
+}
+"""Parameters that are matrices, [out, in] and [in, out]; norms' scales, biases and embeddings are not."""
+
 
 class TrainState(NamedTuple):
     """What training carries: parameters in either layout of `kvjax.models`, optimiser state, int32[] steps taken."""
@@ -49,7 +55,7 @@ def adamw(
     """AdamW with gradient clipping by global norm; norms' scales, biases and embeddings are not decayed."""
 
     def decayed(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in MATRICES, params)
 
     return optax.chain(
         optax.clip_by_global_norm(clip),
@@ -66,9 +72,8 @@ def muon(
     """
 
     def matrices(params: Params) -> Any:
-        numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: numbers if path[-1].key == "kernel" and path[0].key != "head" else None, params
+            lambda path, _: MATRICES.get(path[-1].key) if path[0].key != "head" else None, params
         )
 
     return optax.chain(

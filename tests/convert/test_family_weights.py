@@ -74,7 +74,7 @@ def test_a_tensor_per_expert_becomes_one_stack(tmp_path: Path, name: str) -> Non
     mlp = params["layers_1"]["mlp"]
     theirs = ("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     prefix = "model.layers.1." + ("block_sparse_moe" if name == "mixtral" else "mlp")
-    np.testing.assert_array_equal(mlp["router"]["gate"]["kernel"].T, tensors[f"{prefix}.gate.weight"])
+    np.testing.assert_array_equal(mlp["router"]["gate"]["weight"], tensors[f"{prefix}.gate.weight"])
     for ours, module in zip(("gate", "up", "down"), theirs, strict=True):
         kernels = mlp[f"experts_{ours}"]["kernel"]
         assert len(kernels) == EXPERTS
@@ -87,12 +87,12 @@ def test_rows_of_a_fused_tensor_are_told_apart(tmp_path: Path) -> None:
     _, params = read(write(tmp_path, "phi3", tensors))
     layer, queries, keys = params["layers_1"], HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     fused = tensors["model.layers.1.self_attn.qkv_proj.weight"]
-    np.testing.assert_array_equal(layer["attention"]["q"]["kernel"].T, fused[:queries])
-    np.testing.assert_array_equal(layer["attention"]["k"]["kernel"].T, fused[queries : queries + keys])
-    np.testing.assert_array_equal(layer["attention"]["v"]["kernel"].T, fused[queries + keys :])
+    np.testing.assert_array_equal(layer["attention"]["q"]["weight"], fused[:queries])
+    np.testing.assert_array_equal(layer["attention"]["k"]["weight"], fused[queries : queries + keys])
+    np.testing.assert_array_equal(layer["attention"]["v"]["weight"], fused[queries + keys :])
     fused = tensors["model.layers.1.mlp.gate_up_proj.weight"]
-    np.testing.assert_array_equal(layer["mlp"]["gate"]["kernel"].T, fused[:MLP])
-    np.testing.assert_array_equal(layer["mlp"]["up"]["kernel"].T, fused[MLP:])
+    np.testing.assert_array_equal(layer["mlp"]["gate"]["weight"], fused[:MLP])
+    np.testing.assert_array_equal(layer["mlp"]["up"]["weight"], fused[MLP:])
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,13 @@ def test_latent_projections_are_in_their_places(tmp_path: Path) -> None:
         "o": "o_proj",
     }.items():
         np.testing.assert_array_equal(
-            attention[ours]["kernel"].T, tensors[f"model.layers.1.self_attn.{theirs}.weight"], err_msg=theirs
+            attention[ours]["weight"], tensors[f"model.layers.1.self_attn.{theirs}.weight"], err_msg=theirs
         )
     for ours, theirs in {"q_norm": "q_a_layernorm", "kv_norm": "kv_a_layernorm"}.items():
         np.testing.assert_array_equal(attention[ours]["scale"], tensors[f"model.layers.1.self_attn.{theirs}.weight"])
     for ours in ("gate", "up", "down"):
         np.testing.assert_array_equal(
-            shared[ours]["kernel"].T, tensors[f"model.layers.1.mlp.shared_experts.{ours}_proj.weight"]
+            shared[ours]["weight"], tensors[f"model.layers.1.mlp.shared_experts.{ours}_proj.weight"]
         )
 
 
@@ -169,7 +169,7 @@ def test_the_bias_that_chooses_experts_stays_float32_on_every_way(tmp_path: Path
     for dtype in ("auto", "bfloat16", "float16"):
         model = load(path, dtype=dtype)
         np.testing.assert_array_equal(model.params["layers_1"]["mlp"]["router"]["selection_bias"], tensors[bias])
-        assert model.params["layers_1"]["mlp"]["router"]["gate"]["kernel"].dtype == model.dtype != np.float32
+        assert model.params["layers_1"]["mlp"]["router"]["gate"]["weight"].dtype == model.dtype != np.float32
     model = load(path, dtype="auto")
     save(model, tmp_path / "hf", format="safetensors")
     assert stored_bytes(tmp_path / "hf") == stored_bytes(path)
@@ -237,7 +237,7 @@ def test_one_value_that_is_no_number_is_found_wherever_it_lies(tmp_path: Path, n
 def test_parameters_of_one_tensor_must_agree_in_dtype_to_be_written(tmp_path: Path) -> None:
     config, params = read(write(tmp_path / "in", "phi3", tensors_of("phi3")))
     up = params["layers_0"]["mlp"]["up"]
-    up["kernel"] = up["kernel"].astype(jnp.bfloat16)
+    up["weight"] = up["weight"].astype(jnp.bfloat16)
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"layers.0.mlp.gate_up_proj.weight do not fit together"):
         save_hf(config, params, tmp_path / "out")

@@ -34,17 +34,17 @@ def test_kernels_are_transposed_and_everything_else_is_as_stored(tmp_path: Path)
     for ours, theirs in (
         (params["embed"]["embedding"], "model.embed_tokens.weight"),
         (params["norm"]["scale"], "model.norm.weight"),
-        (params["head"]["kernel"].T, "lm_head.weight"),
+        (params["head"]["weight"], "lm_head.weight"),
         (layer["attention_norm"]["scale"], "model.layers.1.input_layernorm.weight"),
         (layer["mlp_norm"]["scale"], "model.layers.1.post_attention_layernorm.weight"),
-        (layer["attention"]["q"]["kernel"].T, "model.layers.1.self_attn.q_proj.weight"),
-        (layer["attention"]["k"]["kernel"].T, "model.layers.1.self_attn.k_proj.weight"),
+        (layer["attention"]["q"]["weight"], "model.layers.1.self_attn.q_proj.weight"),
+        (layer["attention"]["k"]["weight"], "model.layers.1.self_attn.k_proj.weight"),
         (layer["attention"]["v"]["bias"], "model.layers.1.self_attn.v_proj.bias"),
-        (layer["attention"]["o"]["kernel"].T, "model.layers.1.self_attn.o_proj.weight"),
+        (layer["attention"]["o"]["weight"], "model.layers.1.self_attn.o_proj.weight"),
         (layer["attention"]["o"]["bias"], "model.layers.1.self_attn.o_proj.bias"),
-        (layer["mlp"]["gate"]["kernel"].T, "model.layers.1.mlp.gate_proj.weight"),
+        (layer["mlp"]["gate"]["weight"], "model.layers.1.mlp.gate_proj.weight"),
         (layer["mlp"]["up"]["bias"], "model.layers.1.mlp.up_proj.bias"),
-        (layer["mlp"]["down"]["kernel"].T, "model.layers.1.mlp.down_proj.weight"),
+        (layer["mlp"]["down"]["weight"], "model.layers.1.mlp.down_proj.weight"),
     ):
         np.testing.assert_array_equal(ours, tensors[theirs], err_msg=theirs)
 
@@ -67,7 +67,7 @@ def test_every_dtype_is_cast_to_every_other_as_numpy_casts(tmp_path: Path, store
     assert config.dtype == stored
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {wanted}
     expected = tensors["model.layers.0.mlp.up_proj.weight"].astype(jax.numpy.dtype(wanted))
-    np.testing.assert_array_equal(params["layers_0"]["mlp"]["up"]["kernel"].T, expected)
+    np.testing.assert_array_equal(params["layers_0"]["mlp"]["up"]["weight"], expected)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -192,7 +192,7 @@ def test_the_largest_and_smallest_numbers_are_numbers(tmp_path: Path) -> None:
     tensors = random_tensors(llama_shapes())
     tensors[GATE][0, :4] = [np.finfo(np.float32).max, -np.finfo(np.float32).max, 1e-45, -0.0]
     _, params = load(write_directory(tmp_path, tensors))
-    np.testing.assert_array_equal(params["layers_1"]["mlp"]["gate"]["kernel"].T, tensors[GATE])
+    np.testing.assert_array_equal(params["layers_1"]["mlp"]["gate"]["weight"], tensors[GATE])
 
 
 def test_weights_too_large_for_float16_are_refused_not_made_infinite(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def main(path: Path) -> dict[str, Any]:
         seen[f"{name} equal"] = equal(model, plain)
         seen[f"{name} logits"] = float(np.abs(logits(model, tokens) - expected).max())
         seen[f"{name} bytes"] = device_bytes(model)
-        kernel = model.params["layers_0"]["mlp"]["up"]["kernel"]
-        seen[f"{name} mlp shard"] = kernel.addressable_shards[0].data.shape
+        weight = model.params["layers_0"]["mlp"]["up"]["weight"]
+        seen[f"{name} mlp shard"] = weight.addressable_shards[0].data.shape
         if name == "1x2":
             save(model, path.parent / "safetensors", format="safetensors")
             seen["safetensors equal"] = equal(load(path.parent / "safetensors"), plain)

@@ -30,27 +30,27 @@ CONFIG = ModelConfig(
 def test_the_default_splits_heads_mlp_and_vocabulary_over_tensor() -> None:
     specs = partition_specs(CONFIG, {"data": 4, "tensor": 2})
     layer = specs["layers_1"]
-    column, row, replicated = (
-        PartitionSpec(None, "tensor"),
+    outputs, inputs, replicated = (
         PartitionSpec("tensor", None),
+        PartitionSpec(None, "tensor"),
         PartitionSpec(None),
     )
-    assert specs["embed"]["embedding"] == row
-    assert specs["head"]["kernel"] == column
+    assert specs["embed"]["embedding"] == outputs
+    assert specs["head"]["weight"] == outputs
     for projection in ("q", "k", "v"):
-        assert layer["attention"][projection] == {"kernel": column, "bias": PartitionSpec("tensor")}
-    assert layer["attention"]["o"] == {"kernel": row, "bias": replicated}
+        assert layer["attention"][projection] == {"weight": outputs, "bias": PartitionSpec("tensor")}
+    assert layer["attention"]["o"] == {"weight": inputs, "bias": replicated}
     for projection in ("gate", "up"):
-        assert layer["mlp"][projection] == {"kernel": column, "bias": PartitionSpec("tensor")}
-    assert layer["mlp"]["down"] == {"kernel": row, "bias": replicated}
+        assert layer["mlp"][projection] == {"weight": outputs, "bias": PartitionSpec("tensor")}
+    assert layer["mlp"]["down"] == {"weight": inputs, "bias": replicated}
     for norm in (layer["attention_norm"], layer["mlp_norm"], layer["attention"]["q_norm"], specs["norm"]):
         assert norm == {"scale": replicated}
 
 
 def test_few_kv_heads_and_odd_vocabularies_are_replicated() -> None:
     specs = partition_specs(CONFIG, {"tensor": 4})
-    assert specs["layers_0"]["attention"]["q"]["kernel"] == PartitionSpec(None, "tensor")
-    assert specs["layers_0"]["attention"]["k"]["kernel"] == PartitionSpec(None, None)
+    assert specs["layers_0"]["attention"]["q"]["weight"] == PartitionSpec("tensor", None)
+    assert specs["layers_0"]["attention"]["k"]["weight"] == PartitionSpec(None, None)
     assert specs["layers_0"]["attention"]["v"]["bias"] == PartitionSpec(None)
     assert specs["embed"]["embedding"] == PartitionSpec(None, None)  # 50 rows over 4 devices
 
@@ -78,7 +78,7 @@ def test_axes_the_mesh_lacks_are_replicated() -> None:
 def test_stacked_parameters_have_a_layer_axis_in_front() -> None:
     rules = AxisRules(embed="data", layers="stage")
     specs = partition_specs(CONFIG, {"data": 2, "tensor": 2, "stage": 2}, rules, scan=True)
-    assert specs["layers"]["attention"]["q"]["kernel"] == PartitionSpec("stage", "data", "tensor")
+    assert specs["layers"]["attention"]["q"]["weight"] == PartitionSpec("stage", "tensor", "data")
     assert specs["layers"]["mlp"]["down"]["bias"] == PartitionSpec("stage", "data")
     assert specs["embed"]["embedding"] == PartitionSpec("tensor", "data")
 

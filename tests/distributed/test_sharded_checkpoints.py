@@ -44,7 +44,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_loaded_weights_lie_where_the_rules_say_and_are_the_same(seen: dict[str, Any], mesh: str) -> None:
     assert seen[f"{mesh} placed"]
     assert seen[f"{mesh} equal"]
-    assert seen[f"{mesh} mlp shard"] == [HIDDEN, MLP // int(mesh[-1])]
+    assert seen[f"{mesh} mlp shard"] == [MLP // int(mesh[-1]), HIDDEN]
 
 
 @pytest.mark.parametrize("mesh", ["2x4", "1x2"])

@@ -147,7 +147,7 @@ CASES = {
 def random_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     """float32 NumPy leaves, every one drawn: no norm, bias, sink or selection bias starts where it does nothing.
 
-    Query kernels are thrice the usual size, so that attention is far from uniform.
+    Query weights are thrice the usual size, so that attention is far from uniform.
     """
     rng = np.random.default_rng(seed)
 
@@ -162,7 +162,8 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
             case "sinks" | "embedding":
                 value = noise
             case _:
-                value = (3.0 if names[-2] in ("q", "q_up") else 1.0) * noise * leaf.shape[-2] ** -0.5
+                fan_in = leaf.shape[-1] if names[-1] == "weight" else leaf.shape[-2]
+                value = (3.0 if names[-2] in ("q", "q_up") else 1.0) * noise * fan_in**-0.5
         return value.astype(np.float32)
 
     params: dict[str, Any] = jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))

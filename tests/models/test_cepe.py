@@ -195,8 +195,8 @@ def test_a_fresh_encoder_leaves_the_model_as_it_was():
         close(logits(fresh, CONTEXTS, path), logits(base(), path=path))
     assert fresh.config == dataclasses.replace(CONFIG, cross_layers=2)
     initial = kvjax.init(CONFIG).params
-    assert all(not np.any(initial[f"layers_{i}"]["cross_attention"]["o"]["kernel"]) for i in range(3))
-    assert all(np.any(initial[f"layers_{i}"]["cross_attention"]["v"]["kernel"]) for i in range(3))
+    assert all(not np.any(initial[f"layers_{i}"]["cross_attention"]["o"]["weight"]) for i in range(3))
+    assert all(np.any(initial[f"layers_{i}"]["cross_attention"]["v"]["weight"]) for i in range(3))
     differ(logits(model(), CONTEXTS), logits(base()))
 
 
@@ -389,8 +389,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 def test_every_parameter_has_a_place_on_a_mesh():
     specs = partition_specs(CONFIG, {"tensor": 2})
-    assert specs["layers_0"]["cross_attention"]["q"]["kernel"] == jax.sharding.PartitionSpec(None, "tensor")
-    assert specs["layers_0"]["cross_attention"]["o"]["kernel"] == jax.sharding.PartitionSpec("tensor", None)
+    assert specs["layers_0"]["cross_attention"]["q"]["weight"] == jax.sharding.PartitionSpec("tensor", None)
+    assert specs["layers_0"]["cross_attention"]["o"]["weight"] == jax.sharding.PartitionSpec(None, "tensor")
     assert not any(any(spec) for spec in jax.tree.leaves(specs["encoder"]))
     ranks = jax.tree.map(lambda shape, spec: len(shape.shape) == len(spec), parameter_shapes(CONFIG), specs)
     assert all(jax.tree.leaves(ranks))

@@ -334,8 +334,8 @@ def test_parameters_are_the_oracles_and_all_have_a_place_on_a_mesh():
     expected = parameter_shapes(model.config)
     assert jax.tree.map(jnp.shape, model.params) == jax.tree.map(lambda leaf: leaf.shape, expected)
     specs = partition_specs(model.config, {"data": 1, "tensor": 2})
-    assert specs["layers_0"]["time_mix"]["o"]["kernel"][0] == "tensor"
-    assert specs["layers_4"]["channel_mix"]["key"]["kernel"][1] == "tensor"
+    assert specs["layers_0"]["time_mix"]["o"]["weight"][1] == "tensor"
+    assert specs["layers_4"]["channel_mix"]["key"]["weight"][0] == "tensor"
 
 
 def test_a_saved_model_is_read_back(tmp_path):

@@ -61,8 +61,8 @@ def test_grouped_queries_equal_as_many_heads_that_repeat_their_group():
     def repeat(name: str, layer: Params) -> None:
         for part in (layer["attention"][kind] for kind in "kv"):
             for leaf, value in part.items():
-                by_head = value.reshape(*value.shape[:-1], grouped.num_kv_heads, grouped.width)
-                part[leaf] = np.repeat(by_head, group, axis=-2).reshape(*value.shape[:-1], -1)
+                by_head = value.reshape(grouped.num_kv_heads, grouped.width, *value.shape[1:])
+                part[leaf] = np.repeat(by_head, group, axis=0).reshape(-1, *value.shape[1:])
 
     repeated = dataclasses.replace(grouped, num_kv_heads=heads)
     for path in PATHS:
@@ -74,7 +74,7 @@ def test_groups_are_contiguous_heads():
         query, out = layer["attention"]["q"], layer["attention"]["o"]
         order = np.array([1, 0, 3, 2]) * 8  # within groups of two heads: which head of a group is which is a name
         columns = (order[:, None] + np.arange(8)).reshape(-1)
-        query["kernel"], out["kernel"] = query["kernel"][:, columns], out["kernel"][columns]
+        query["weight"], out["weight"] = query["weight"][columns], out["weight"][:, columns]
 
     close(logits(PLAIN, changed(PLAIN, swap)), logits(PLAIN, random_params(PLAIN)))
 
@@ -95,11 +95,11 @@ def test_a_reader_hears_of_its_owners_keys_and_values_only():
     assert "k" not in params["layers_1"]["attention"]
     assert "v" not in params["layers_3"]["attention"]
     others = copy.deepcopy(params)
-    others["layers_0"]["attention"]["v"]["kernel"] *= 0
-    others["layers_0"]["attention"]["o"]["kernel"] *= 0
+    others["layers_0"]["attention"]["v"]["weight"] *= 0
+    others["layers_0"]["attention"]["o"]["weight"] *= 0
     # Layer 0 gives nothing either way; what is left of its values is what layer 1 reads.
     silent = copy.deepcopy(params)
-    silent["layers_0"]["attention"]["o"]["kernel"] *= 0
+    silent["layers_0"]["attention"]["o"]["weight"] *= 0
     differ(logits(CLA, others), logits(CLA, silent))
 
 
@@ -110,10 +110,10 @@ def test_absorbed_decoding_equals_the_naive_form():
     """Logits of order one: both forms err by a few float32 roundings, 1e-5 as the paper's identity demands."""
 
     def calm(name: str, layer: Params) -> None:
-        layer["attention"]["q_up"]["kernel"] /= 3
+        layer["attention"]["q_up"]["weight"] /= 3
 
     params = changed(MLA, calm)
-    params["head"]["kernel"] = params["head"]["kernel"] / 4
+    params["head"]["weight"] = params["head"]["weight"] / 4
     naive = logits(MLA, params)
     for path in ("prefill", "decode"):
         close(logits(MLA, params, path), naive, 1e-5)
@@ -128,10 +128,10 @@ def test_permuting_the_rotated_columns_of_queries_and_keys_alike_changes_nothing
 
     def move(name: str, layer: Params) -> None:
         query, key = layer["attention"]["q_up"], layer["attention"]["kv_down"]
-        by_head = query["kernel"].reshape(-1, MLA.num_heads, latent.qk_head_dim)
+        by_head = query["weight"].reshape(MLA.num_heads, latent.qk_head_dim, -1)
         columns = np.r_[0 : latent.qk_nope_head_dim, latent.qk_nope_head_dim + apart]
-        query["kernel"] = by_head[..., columns].reshape(query["kernel"].shape)
-        key["kernel"] = key["kernel"][:, np.r_[0 : latent.kv_lora_rank, latent.kv_lora_rank + apart]]
+        query["weight"] = by_head[:, columns].reshape(query["weight"].shape)
+        key["weight"] = key["weight"][np.r_[0 : latent.kv_lora_rank, latent.kv_lora_rank + apart]]
 
     halves = dataclasses.replace(MLA, latent=dataclasses.replace(latent, interleaved=False))
     expected, moved = logits(MLA, random_params(MLA), path), changed(MLA, move)
@@ -144,8 +144,8 @@ def test_pairing_neighbours_or_halves_differs_by_a_permutation_of_columns():
 
     def move(name: str, layer: Params) -> None:
         for part in (layer["attention"][kind] for kind in "qk"):
-            by_head = part["kernel"].reshape(32, -1, 8)
-            part["kernel"] = by_head[..., apart].reshape(part["kernel"].shape)
+            by_head = part["weight"].reshape(-1, 8, 32)
+            part["weight"] = by_head[:, apart].reshape(part["weight"].shape)
 
     neighbours = dataclasses.replace(PLAIN, rope_interleaved=True)
     expected, moved = logits(neighbours, random_params(PLAIN)), changed(PLAIN, move)
@@ -160,9 +160,10 @@ def test_permuting_the_unrotated_columns_of_queries_and_keys_alike_changes_nothi
 
     def move(name: str, layer: Params) -> None:
         for part, width in (("q", latent.qk_head_dim), ("kv_up", latent.qk_nope_head_dim + latent.v_head_dim)):
-            kernel = layer["attention"][part]["kernel"]
+            weight = layer["attention"][part]["weight"]
             columns = np.r_[order, latent.qk_nope_head_dim : width]
-            layer["attention"][part]["kernel"] = kernel.reshape(-1, 4, width)[..., columns].reshape(kernel.shape)
+            by_head = weight.reshape(4, width, -1)
+            layer["attention"][part]["weight"] = by_head[:, columns].reshape(weight.shape)
 
     for path in PATHS:
         close(
@@ -196,7 +197,7 @@ def test_a_selection_bias_moves_the_choice_but_not_the_weight():
         mlp = layer["mlp"]
         for part in ("experts_gate", "experts_up", "experts_down"):
             mlp[part]["kernel"] = mlp[part]["kernel"][favoured]
-        mlp["router"] = {"gate": {"kernel": mlp["router"]["gate"]["kernel"][:, favoured]}}
+        mlp["router"] = {"gate": {"weight": mlp["router"]["gate"]["weight"][favoured]}}
 
     two = ModelConfig(**BASE, experts=Experts(count=2, per_token=2, intermediate_size=16, scoring="sigmoid"))
     for path in PATHS:
@@ -266,7 +267,7 @@ def test_a_sink_that_takes_everything_leaves_no_attention(path):
 
     def silence(name: str, layer: Params) -> None:
         drown(name, layer)
-        layer["attention"]["o"]["kernel"] *= 0
+        layer["attention"]["o"]["weight"] *= 0
 
     close(logits(sunk, changed(sunk, drown), path), logits(sunk, changed(sunk, silence), path))
 

@@ -100,7 +100,7 @@ class Random:
 
     def dense(self, rows: int, columns: int, gain: float = 1.0) -> Weights:
         """A projection that keeps the variance, times gain squared."""
-        return {"kernel": self.normal(rows, columns, spread=gain * rows**-0.5)}
+        return {"weight": self.normal(rows, columns, spread=gain * rows**-0.5).T}
 
     def norm(self, size: int, bias: bool = False) -> Weights:
         """A norm's scale, and its bias."""

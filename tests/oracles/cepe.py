@@ -11,9 +11,9 @@ average, so that attention reads the encoded chunks themselves, as one KV head t
 
 Parameters, D hidden, d head width, E hidden width of the encoder; the decoder is a Llama in kvjax's names:
 
-    embed/embedding [V, D]   norm/scale [D]   head/kernel [D, V]
-    layers_i/{attention_norm, mlp_norm}/scale [D]   layers_i/{attention/{q, k, v, o}, mlp/{gate, up, down}}/kernel
-    layers_i/cross_norm/scale [D]   layers_i/cross_attention/{q [D, H d], k [E, K d], v [E, K d], o [H d, D]}/kernel
+    embed/embedding [V, D]   norm/scale [D]   head/weight [V, D]
+    layers_i/{attention_norm, mlp_norm}/scale [D]   layers_i/{attention/{q, k, v, o}, mlp/{gate, up, down}}/weight
+    layers_i/cross_norm/scale [D]   layers_i/cross_attention/{q [H d, D], k [K d, E], v [K d, E], o [D, H d]}/weight
         (published: in the last layers, all 32 of Llama-2-7B)
     encoder/: embed, layers_i and norm as above, of its own widths, without cross-attention and head
 """
@@ -127,8 +127,8 @@ def start(params: Weights, shape: Shape, context: list[np.ndarray], keep: str = 
     if keep == "stored":
         weights = [params[f"layers_{i}"].get("cross_attention") for i in range(shape.num_layers)]
         stored = [[cross_keys_values(w, shape, chunk) for chunk in context if w] for w in weights]
-    d = params["layers_0"]["attention"]["q"]["kernel"].shape[1] // shape.num_heads
-    nothing = np.zeros((0, params["layers_0"]["attention"]["k"]["kernel"].shape[1] // d, d))
+    d = params["layers_0"]["attention"]["q"]["weight"].shape[0] // shape.num_heads
+    nothing = np.zeros((0, params["layers_0"]["attention"]["k"]["weight"].shape[0] // d, d))
     return Cache([(nothing, nothing)] * shape.num_layers, context, stored, keep == "absorbed")
 
 
@@ -180,7 +180,7 @@ def inputs(
     weights: Weights, shape: Shape, h: np.ndarray, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """q and k, rotated, and v of self-attention."""
-    d = weights["q"]["kernel"].shape[1] // shape.num_heads
+    d = weights["q"]["weight"].shape[0] // shape.num_heads
     q, k, v = (heads_of(dense(h, weights[name]), d) for name in "qkv")
     turns = frequencies(d, shape.rope_theta)
     return rotate_halves(q, positions, turns), rotate_halves(k, positions, turns), v
@@ -188,24 +188,24 @@ def inputs(
 
 def cross_query(weights: Weights, shape: Shape, h: np.ndarray) -> np.ndarray:
     """[T, D] -> [T, H, d]."""
-    return heads_of(dense(h, weights["q"]), weights["q"]["kernel"].shape[1] // shape.num_heads)
+    return heads_of(dense(h, weights["q"]), weights["q"]["weight"].shape[0] // shape.num_heads)
 
 
 def cross_keys_values(weights: Weights, shape: Shape, context: np.ndarray) -> KeyValue:
     """[S, E] -> k and v [S, K, d]."""
-    d = weights["q"]["kernel"].shape[1] // shape.num_heads
+    d = weights["q"]["weight"].shape[0] // shape.num_heads
     return heads_of(dense(context, weights["k"]), d), heads_of(dense(context, weights["v"]), d)
 
 
 def cross_absorbed(weights: Weights, q: np.ndarray, context: list[np.ndarray]) -> np.ndarray:
     """Attention of q [1, H, d] to encoded chunks, chunk by chunk: [1, H, d]."""
     _, heads, d = q.shape
-    group = heads * d // weights["k"]["kernel"].shape[1]
-    into_k, into_v = (np.repeat(weights[name]["kernel"].reshape(-1, heads // group, d), group, axis=1) for name in "kv")
-    wide = np.einsum("thd,ehd->the", q, into_k)
+    group = heads * d // weights["k"]["weight"].shape[0]
+    into_k, into_v = (np.repeat(weights[name]["weight"].reshape(heads // group, d, -1), group, axis=0) for name in "kv")
+    wide = np.einsum("thd,hde->the", q, into_k)
     wide *= np.sqrt(wide.shape[-1] / d)  # the score is still divided by the root of d
     parts = [partial(wide, e[:, None], e[:, None], np.ones((1, len(e)), bool)) for e in context]
-    return np.einsum("the,ehd->thd", merge(parts), into_v)
+    return np.einsum("the,hde->thd", merge(parts), into_v)
 
 
 def random_params(

@@ -10,18 +10,18 @@ tokens only: a token's logits depend on what the two tokens before it had in the
 tokens through G upper layers.
 
 Parameters: D hidden, A = H d attention width (equal to D), C compressed, M, W, L low ranks, F feed-forward width. LN is
-{scale, bias}; kernels are [in, out] without bias.
+{scale, bias}; weights are [out, in] without bias.
 
-    embed/embedding [V, D]   embed_norm LN [D]   norm LN [D]   head/kernel [D, V]
-    compress/kernel [D, C]   expand/kernel [D + C, A]
+    embed/embedding [V, D]   embed_norm LN [D]   norm LN [D]   head/weight [V, D]
+    compress/weight [C, D]   expand/weight [A, D + C]
     layers_i/attention_norm, layers_i/mlp_norm LN [D]
-    layers_i/channel_mix: shift [2, D] of k, r;   {key [D, F], receptance [D, D], value [F, D]}/kernel
+    layers_i/channel_mix: shift [2, D] of k, r;   {key [F, D], receptance [D, D], value [D, F]}/weight
     lower, layers_i/time_mix: shift_x [D], shift [5, D] of r, k, v, w, second v, shift_down [D, 5 M], shift_up
         [5, M, D];   decay [A], decay_down [D, W], decay_up [W, A];   second_down [D, W], second_up [W, A];
-        {r, k, v}/kernel [D, A], norm LN [A], o/kernel [A, D]
+        {r, k, v}/weight [A, D], norm LN [A], o/weight [D, A]
     upper, layers_i/attention: shift_x [D], shift [1, D] of q, shift_down [D, M], shift_up [1, M, D];
         source_shift_x [D], source_shift [2, D] of k, v, source_shift_down [D, 2 M], source_shift_up [2, M, D];
-        key_down, value_down [D, L], key_up, value_up [L, A];   q/kernel [D, A], {q, k, v, out}_norm LN [A], o/kernel
+        key_down, value_down [D, L], key_up, value_up [L, A];   q/weight [A, D], {q, k, v, out}_norm LN [A], o/weight
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ class State:
 
 def empty_state(params: Weights, shape: Shape, store_keys: bool = False) -> State:
     """Before any token: zeros."""
-    hidden, compressed = params["compress"]["kernel"].shape
-    width, d = params["expand"]["kernel"].shape[1], shape.head_dim
+    compressed, hidden = params["compress"]["weight"].shape
+    width, d = params["expand"]["weight"].shape[0], shape.head_dim
     return State(
         np.zeros(0, np.int32),
         np.zeros((0, compressed)),

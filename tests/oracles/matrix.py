@@ -37,7 +37,7 @@ def matrix_forward(
         return scale * x * (np.square(x).mean(-1, keepdims=True) + config.norm_eps) ** -0.5
 
     def linear(x: np.ndarray, part: dict[str, np.ndarray]) -> np.ndarray:
-        return np.einsum("...i,io->...o", x, part["kernel"]) + part.get("bias", 0)
+        return np.einsum("...i,oi->...o", x, part["weight"]) + part.get("bias", 0)
 
     def split(x: np.ndarray) -> np.ndarray:
         return x.reshape(count, -1, width)
@@ -63,5 +63,5 @@ def matrix_forward(
         gate = linear(normed, mlp["gate"])
         x = x + linear(gate * 0.5 * (1 + np.tanh(gate / 2)) * linear(normed, mlp["up"]), mlp["down"])
     x = norm(x, params["norm"]["scale"])
-    head = params["embed"]["embedding"].T if config.tie_word_embeddings else params["head"]["kernel"]
-    return x @ head, np.stack(weights)
+    head = params["embed"]["embedding"] if config.tie_word_embeddings else params["head"]["weight"]
+    return x @ head.T, np.stack(weights)

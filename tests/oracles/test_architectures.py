@@ -107,8 +107,8 @@ def test_padding_at_the_end_of_a_chunk_leaves_retention_as_it_is():
 
 
 def test_retention_decays_by_the_sixteenth_root_of_a_logistic_gate():
-    x, weights = normal(7, 5), {"decay": {"kernel": 20 * normal(5, 2, seed=1)}}
-    gate = 1 / (1 + np.exp(-x @ weights["decay"]["kernel"]))
+    x, weights = normal(7, 5), {"decay": {"weight": 20 * normal(2, 5, seed=1)}}
+    gate = 1 / (1 + np.exp(-x @ weights["decay"]["weight"].T))
     close(np.exp(yoco.log_decay(x, weights)) ** 16, gate)
 
 
@@ -372,7 +372,7 @@ def test_zeroed_cross_attention_output_is_the_base_model():
     context = np.concatenate(encoded(params))
     differ(cepe.forward(params, LLAMA, PROMPT, context), matrix_forward(params, base, PROMPT)[0])
     for i in range(3):
-        params[f"layers_{i}"]["cross_attention"]["o"]["kernel"] *= 0
+        params[f"layers_{i}"]["cross_attention"]["o"]["weight"] *= 0
     close(cepe.forward(params, LLAMA, PROMPT, context), matrix_forward(params, base, PROMPT)[0])
     close(cepe.forward(params, LLAMA, PROMPT, None), matrix_forward(params, base, PROMPT)[0])
 

@@ -123,7 +123,7 @@ def test_decoder_equals_transformers(family):
     model = getattr(transformers, f"{names[family]}ForCausalLM")(theirs).double().eval()
     state = {"model.embed_tokens.weight": params["embed"]["embedding"], "model.norm.weight": params["norm"]["scale"]}
     if not config.tie_word_embeddings:
-        state["lm_head.weight"] = params["head"]["kernel"].T
+        state["lm_head.weight"] = params["head"]["weight"]
     for i in range(2):
         part, to = params[f"layers_{i}"], f"model.layers.{i}"
         state[f"{to}.input_layernorm.weight"] = part["attention_norm"]["scale"]
@@ -132,7 +132,7 @@ def test_decoder_equals_transformers(family):
             for name, leaves in part[folder].items():
                 proper = name if name.endswith("_norm") else f"{name}_proj"
                 for leaf, value in leaves.items():
-                    state[f"{to}.{kind}.{proper}.{'bias' if leaf == 'bias' else 'weight'}"] = value.T
+                    state[f"{to}.{kind}.{proper}.{'bias' if leaf == 'bias' else 'weight'}"] = value
     loaded = model.load_state_dict(
         {name: torch.from_numpy(np.array(w)).double() for name, w in state.items()}, strict=False
     )
@@ -329,7 +329,7 @@ def test_ties_keep_the_newer_token():
     # Without queries every row is uniform up to rounding of the softmax, which is exact for equal logits.
     zeroed = {f"layers_{i}": {**PARAMS[f"layers_{i}"]} for i in range(2)}
     for layer in zeroed.values():
-        layer["attention"] = {**layer["attention"], "q": {"kernel": np.zeros((32, 32))}}
+        layer["attention"] = {**layer["attention"], "q": {"weight": np.zeros((32, 32))}}
     params = {**PARAMS, **zeroed}
     tova = decoder.run(params, GQA, TOKENS[:9], TOKENS[9:], TOVA(5))
     assert tova.margin == 0.0

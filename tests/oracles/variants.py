@@ -87,8 +87,8 @@ def embed(config: ModelConfig, params: Weights, tokens: Sequence[int]) -> np.nda
 def logits_of(config: ModelConfig, params: Weights, x: np.ndarray) -> np.ndarray:
     """x [T, hidden] after the last layer -> [T, V]."""
     x = norm(config, params["norm"], x)
-    kernel = params["embed"]["embedding"].T if config.tie_word_embeddings else params["head"]["kernel"]
-    return capped(x @ kernel, config.logit_soft_cap)
+    weight = params["embed"]["embedding"] if config.tie_word_embeddings else params["head"]["weight"]
+    return capped(x @ weight.T, config.logit_soft_cap)
 
 
 def block(config: ModelConfig, weights: Weights, name: str, x: np.ndarray, inside: Any) -> np.ndarray:
@@ -175,7 +175,7 @@ def expand(
         return key, value
     latent = config.latent
     width = latent.qk_nope_head_dim + latent.v_head_dim
-    up = value @ weights["kv_up"]["kernel"][:, h * width : (h + 1) * width]
+    up = value @ weights["kv_up"]["weight"][h * width : (h + 1) * width].T
     nope, rope = up[:, : latent.qk_nope_head_dim], key[:, latent.kv_lora_rank :]
     return np.concatenate([nope, rope], axis=-1), up[:, latent.qk_nope_head_dim :]
 
@@ -306,7 +306,7 @@ def mixture(config: ModelConfig, experts: Experts, weights: Weights, x: np.ndarr
 
 def expert_part(weights: Weights, name: str, expert: int) -> Weights:
     """One expert's own projection."""
-    part = {"kernel": weights[f"experts_{name}"]["kernel"][expert]}
+    part = {"weight": weights[f"experts_{name}"]["kernel"][expert].T}
     bias = weights.get(f"experts_{name}_bias")
     return part if bias is None else part | {"bias": bias["bias"][expert]}
 
@@ -347,7 +347,7 @@ def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
 
 def dense(x: np.ndarray, weights: Weights) -> np.ndarray:
     """x [..., in] -> [..., out]."""
-    return x @ weights["kernel"] + weights.get("bias", 0.0)
+    return x @ weights["weight"].T + weights.get("bias", 0.0)
 
 
 def to_float64(tree: Any) -> Any:

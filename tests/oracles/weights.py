@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """float32 NumPy leaves: unit-variance embeddings, query kernels thrice the usual size, no trivial norm or bias."""
+    """float32 NumPy leaves: unit-variance embeddings, query weights thrice the usual size, no trivial norm or bias."""
     rng = np.random.default_rng(seed)
     hidden, width = config.hidden_size, config.width
 
@@ -19,7 +19,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
         return (mean + spread * rng.standard_normal(shape)).astype(np.float32)
 
     def dense(rows: int, columns: int, bias: bool = False, gain: float = 1.0) -> dict[str, np.ndarray]:
-        weights = {"kernel": normal(rows, columns, spread=gain * rows**-0.5)}
+        weights = {"weight": normal(rows, columns, spread=gain * rows**-0.5).T}
         return {**weights, "bias": normal(columns, spread=0.3)} if bias else weights
 
     def norm(size: int) -> dict[str, np.ndarray]:

@@ -8,11 +8,11 @@ through the self-decoder in chunks, and only its last token through the cross-de
 
 Parameters, D hidden, d head width, Hs heads of the self-decoder, H and K query and KV heads of the cross-decoder:
 
-    embed/embedding [V, D]   norm/scale [D]   head/kernel [D, V]
-    bridge/norm/scale [D]   bridge/{k, v}/kernel [D, K d]: the global keys and values
-    layers_i/attention_norm/scale, layers_i/mlp_norm/scale [D]   layers_i/mlp/{gate, up, down}/kernel
-    layers_i/attention of the self-decoder with retention: {q, k, v, gate}/kernel [D, Hs d], decay/kernel [D, Hs],
-        o/kernel [Hs d, D]; with a window: {q, k, v, o}/kernel; of the cross-decoder: {q, o}/kernel
+    embed/embedding [V, D]   norm/scale [D]   head/weight [V, D]
+    bridge/norm/scale [D]   bridge/{k, v}/weight [K d, D]: the global keys and values
+    layers_i/attention_norm/scale, layers_i/mlp_norm/scale [D]   layers_i/mlp/{gate, up, down}/weight
+    layers_i/attention of the self-decoder with retention: {q, k, v, gate}/weight [Hs d, D], decay/weight [Hs, D],
+        o/weight [D, Hs d]; with a window: {q, k, v, o}/weight; of the cross-decoder: {q, o}/weight
 """
 
 from __future__ import annotations
@@ -161,18 +161,18 @@ class Cache:
 
 def empty_cache(params: Weights, shape: Shape) -> Cache:
     """Before any token."""
-    k_width = params["bridge"]["k"]["kernel"].shape[1]
-    width = params[f"layers_{shape.self_layers}"]["attention"]["q"]["kernel"].shape[1] // shape.num_heads
+    k_width = params["bridge"]["k"]["weight"].shape[0]
+    width = params[f"layers_{shape.self_layers}"]["attention"]["q"]["weight"].shape[0] // shape.num_heads
     nothing = np.zeros((0, k_width // width, width))
     states: list[tuple[np.ndarray, ...]] = []
     for i in range(shape.self_layers):
         if shape.window is None:
-            d = params[f"layers_{i}"]["attention"]["q"]["kernel"].shape[1] // shape.self_heads
+            d = params[f"layers_{i}"]["attention"]["q"]["weight"].shape[0] // shape.self_heads
             states.append((np.zeros((shape.self_heads, d, d)),))
         else:
             weights = params[f"layers_{i}"]["attention"]
-            d = weights["q"]["kernel"].shape[1] // shape.self_heads
-            none = np.zeros((0, weights["k"]["kernel"].shape[1] // d, d))
+            d = weights["q"]["weight"].shape[0] // shape.self_heads
+            none = np.zeros((0, weights["k"]["weight"].shape[0] // d, d))
             states.append((none, none))
     return Cache(nothing, nothing, states)
 
@@ -246,7 +246,7 @@ def cross_decoder(
 def bridge(params: Weights, shape: Shape, x: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """k, rotated, and v [T, K, d] from what the self-decoder gives, normalised."""
     weights = params["bridge"]
-    width = params[f"layers_{shape.self_layers}"]["attention"]["q"]["kernel"].shape[1] // shape.num_heads
+    width = params[f"layers_{shape.self_layers}"]["attention"]["q"]["weight"].shape[0] // shape.num_heads
     h = rms_norm(x, weights["norm"]["scale"], shape.norm_eps)
     k = heads_of(dense(h, weights["k"]), width)
     k = rotate_neighbours(k, positions, rope_frequencies(width, shape.rope_theta))
@@ -269,7 +269,7 @@ def window_inputs(
     weights: Weights, h: np.ndarray, positions: np.ndarray, shape: Shape
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """q and k, rotated, and v of a self-decoder layer."""
-    width = weights["q"]["kernel"].shape[1] // shape.self_heads
+    width = weights["q"]["weight"].shape[0] // shape.self_heads
     q, k, v = (heads_of(dense(h, weights[name]), width) for name in "qkv")
     turns = rope_frequencies(width, shape.rope_theta)
     return rotate_neighbours(q, positions, turns), rotate_neighbours(k, positions, turns), v

@@ -80,7 +80,7 @@ class Family:
     unused: Callable[[ModelConfig, str], bool] = all_used
 
     def place(self, config: ModelConfig, path: tuple[str, ...]) -> Place:
-        """Where the parameter at `path` lies, e.g. ("layers_3", "attention", "q", "kernel") in
+        """Where the parameter at `path` lies, e.g. ("layers_3", "attention", "q", "weight") in
         "model.layers.3.self_attn.q_proj.weight"."""
         *modules, leaf = path
         first, module = modules[0], "/".join(modules[1:])
