@@ -138,4 +138,4 @@ def test_weight_decay_spares_norms_and_embeddings():
     still = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(still, optimizer.init(params), params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        assert bool(jnp.any(update != 0)) == (path[-1].key == "kernel"), path
+        assert bool(jnp.any(update != 0)) == (path[-1].key == "weight"), path
