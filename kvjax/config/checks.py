@@ -64,7 +64,7 @@ def checked_owners(config: ModelConfig) -> tuple[int, ...]:
             continue
         if not 0 <= owner <= layer or owners[owner] != owner:
             raise ConfigError(
-                f"owners[{layer}] is {owner}; it must be the layer itconfig or an earlier one that owns itconfig"
+                f"owners[{layer}] is {owner}; it must be the layer itself or an earlier one that owns itself"
             )
         if config.windows[layer] != config.windows[owner]:
             raise ConfigError(

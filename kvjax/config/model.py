@@ -114,7 +114,8 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if not isinstance(self.head_dim, int) or self.head_dim <= 0 or self.head_dim % 2:
             raise ConfigError(f"head_dim must be a positive even integer (RoPE turns pairs), got {self.head_dim!r}")
-        if not self.windows:
+        if not any(w is not None for w in self.windows):
+            # As many as there are layers, also after `dataclasses.replace(config, num_layers=...)`.
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
             raise ConfigError(f"windows has {len(self.windows)} entries for {self.num_layers} layers")
