@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Several test processes share few cores: one thread each beats many that wait for one another.
 os.environ["XLA_FLAGS"] = " ".join(
     (
+        # Most of a test's time is LLVM's; without its optimisations programs compute the same, and XLA's own stay.
+        "--xla_backend_optimization_level=0",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_cpu_multi_thread_eigen=false",
         "intra_op_parallelism_threads=1",

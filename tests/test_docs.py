@@ -12,6 +12,7 @@ RUNS = ("attention_variants",)
 """Pages whose Python blocks, one after another, are a program."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUNS)
 def test_the_examples_of_a_page_run(page: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text(), flags=re.MULTILINE | re.DOTALL)

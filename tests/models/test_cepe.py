@@ -155,12 +155,14 @@ def test_generated_tokens_follow_the_context():
     assert out.tokens != kvjax.generate(model(), prompts, 6, CACHE, prefill_chunk=3).tokens
 
 
+@pytest.mark.slow
 def test_a_stream_reads_its_context():
     prompt, chunks = TOKENS[0, :5].tolist(), CONTEXTS[:1]
     expected = kvjax.generate(model(), [prompt], 6, CACHE, prefill_chunk=3, contexts=chunks).tokens[0]
     assert list(kvjax.stream(model(), prompt, 6, CACHE, prefill_chunk=3, contexts=chunks)) == expected
 
 
+@pytest.mark.slow
 def test_beams_read_their_prompts_context():
     prompts = [row[:5].tolist() for row in TOKENS]
     out = kvjax.generate(model(), prompts, 5, CACHE, Sampling(beams=2), prefill_chunk=3, contexts=CONTEXTS)
@@ -279,6 +281,7 @@ def test_the_pool_of_a_context_is_never_copied(program):
     assert memory.temp_size_in_bytes < 0.03 * context.pool_bytes
 
 
+@pytest.mark.slow
 def test_a_codec_holds_the_context_too():
     cache = CacheConfig(page_size=4, codec=Int8())
     state = kvjax.prefill(model(), [TOKENS[0].tolist()], cache, contexts=CONTEXTS[:1])
@@ -291,6 +294,7 @@ def test_a_codec_holds_the_context_too():
     assert np.abs(coded - paper()).max() > CLOSE
 
 
+@pytest.mark.slow
 def test_forks_share_the_context_and_the_last_one_returns_it():
     prompts = [row[:5].tolist() for row in TOKENS]
     expected = kvjax.generate(model(), prompts, 6, CACHE, prefill_chunk=3, contexts=CONTEXTS).tokens
@@ -396,6 +400,7 @@ def test_every_parameter_has_a_place_on_a_mesh():
     assert all(jax.tree.leaves(ranks))
 
 
+@pytest.mark.slow
 def test_training_teaches_to_read_the_context_and_leaves_the_decoder_alone():
     """The second token is the one that the context names; one row has no context and counts for nothing."""
     encoder = dataclasses.replace(ENCODER, vocab_size=16, num_layers=1, windows=())

@@ -82,7 +82,7 @@ def follows_the_oracle(weights: Any, shape: oracle.Shape, text: list[int], token
 # The network
 
 
-@pytest.mark.parametrize("layers, rope", [(3, False), (5, True)])
+@pytest.mark.parametrize("layers, rope", [(3, False), pytest.param(5, True, marks=pytest.mark.slow)])
 def test_every_path_equals_the_oracle(layers, rope):
     model, weights, shape = pair(layers, rope)
     tokens = np.array(texts(0, 23, 23), np.int32)
@@ -124,6 +124,7 @@ def test_a_second_turn_shorter_or_longer_than_the_reach_continues_the_first():
         follows_the_oracle(weights, shape, text, tokens, logprobs)
 
 
+@pytest.mark.slow
 def test_forks_diverge_like_separate_runs():
     model, weights, shape = pair()
     first, second, third = texts(4, 10, 7, 3)
@@ -142,6 +143,7 @@ def test_forks_diverge_like_separate_runs():
         np.testing.assert_array_equal(after[1], before[1])
 
 
+@pytest.mark.slow
 def test_beams_take_their_states_along():
     model, weights, shape = pair()
     (prompt,) = texts(5, 9)
@@ -282,6 +284,7 @@ def test_the_pool_stays_where_it_is(program):
 # Training
 
 
+@pytest.mark.slow
 def test_a_fresh_model_changes_nothing_of_a_token():
     """As published: what leaves a layer starts at zero, so that each token's logits are its own embedding's."""
     model = kvjax.init(config_of(3))
@@ -297,6 +300,7 @@ def test_a_fresh_model_changes_nothing_of_a_token():
     np.testing.assert_allclose(mix["norm"]["scale"], (2 / 3) ** 0.7, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_few_steps_teach_it_to_copy():
     """The second half repeats the first: what follows is known only to who looks back six tokens."""
     model = kvjax.init(config_of(3, vocab_size=12))

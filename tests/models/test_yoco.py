@@ -83,6 +83,7 @@ def test_a_prompt_that_stops_early_is_followed_by_the_same_tokens(kind: str) -> 
             text.append(token)
 
 
+@pytest.mark.slow
 def test_a_second_turn_and_a_fork_remember_what_the_retention_layers_do() -> None:
     model, _ = pair("retention")
     rng = np.random.default_rng(2)
@@ -116,6 +117,7 @@ def test_only_one_layer_of_keys_and_values_is_held_and_the_states_never_grow() -
     assert state.cache.recurrent_bytes == states * state.cache.batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_window_over_the_shared_pair_holds_no_more_than_the_window(kind: str) -> None:
     model, _ = pair(kind)

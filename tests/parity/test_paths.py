@@ -18,9 +18,23 @@ from tests.parity.helpers import random_tokens, transformers_logits
 
 TOLERANCE = 2e-4
 CACHE = kvjax.CacheConfig(page_size=4)
+QUICK = {
+    *("llama-mha", "llama-gqa", "llama-biases", "llama-rope-yarn", "qwen2", "qwen2-windows", "qwen3", "mistral-window"),
+    *("qwen3-moe", "mixtral", "gemma2", "gemma3", "phi3", "phi3-longrope", "olmo2", "deepseek-v2-lite"),
+    *("deepseek-v3-yarn", "gpt-oss"),
+}
+"""Every family, and what changes how a cache is read or written; the other configurations are `slow` here.
+
+They differ in what all paths share, and the forward path runs them all.
+"""
+EVERY = [pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_quick_configurations_exist() -> None:
+    assert QUICK < {case.name for case in CASES}
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_prefill_and_decode_logits_equal_transformers(
     case: Case, load_case: Callable[[Case], tuple[Any, Model]]
 ) -> None:
