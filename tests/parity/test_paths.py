@@ -31,7 +31,7 @@ EVERY = [pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow
 
 
 def test_the_quick_configurations_exist() -> None:
-    assert QUICK < {case.name for case in CASES}
+    assert QUICK.issubset(case.name for case in CASES)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
