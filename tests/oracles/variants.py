@@ -180,6 +180,16 @@ def expand(
     return np.concatenate([nope, rope], axis=-1), up[:, latent.qk_nope_head_dim :]
 
 
+def absorb(config: ModelConfig, weights: Weights, h: int, query: np.ndarray) -> np.ndarray:
+    """Query head h [D], rotated -> what its product with a stored key [.] is a score."""
+    if not config.latent:
+        return query
+    latent = config.latent
+    width = latent.qk_nope_head_dim + latent.v_head_dim
+    up = weights["kv_up"]["weight"][h * width : h * width + latent.qk_nope_head_dim]
+    return np.concatenate([query[: latent.qk_nope_head_dim] @ up, query[latent.qk_nope_head_dim :]])
+
+
 def attend(config: ModelConfig, weights: Weights, h: int, query: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Query head h [D], rotated, over keys [n, D], rotated -> weights [n]; they sum to less than 1 beside a sink."""
     scale = len(query) ** -0.5 if config.query_scale is None else config.query_scale
