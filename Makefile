@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev,parity
 PYTEST_ARGS ?=
+KERNEL_ARGS ?=
 
 bin := $(VENV)/bin
 # Stamps say what is installed; a change of the pins or of the package's metadata installs again.
@@ -11,7 +12,7 @@ full := $(VENV)/full.stamp
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format check clean
+.PHONY: help install demo test test-all lint format check check-kernels tune-kernels clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -47,6 +48,12 @@ lint: $(full) ## ruff and mypy
 format: $(full) ## let ruff rewrite what it can
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
+
+check-kernels: $(full) ## prove every kernel, and on a GPU measure it: docs/kernels.md
+	$(bin)/python scripts/check_kernels.py $(KERNEL_ARGS)
+
+tune-kernels: $(full) ## prune the kernels' configurations, and on a GPU choose the fastest
+	$(bin)/python scripts/tune_kernels.py $(KERNEL_ARGS)
 
 check: lint test ## everything a change must pass
 

@@ -1,7 +1,9 @@
 """Which backend serves a call.
 
 A backend is a module with `unsupported(**call) -> str | None` (the reason it cannot serve, or None) and the operations
-themselves. `backend=None` takes the first that can; one asked for by name raises its reason rather than fall back.
+themselves; one that needs a device has `unavailable() -> str | None` too (the reason the default device will not do).
+`backend=None` takes the first that can; one asked for by name raises its reason rather than fall back, and is not asked
+about the device: it may be lowered for another, or interpreted.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def choose(operation: str, backends: Mapping[str, Backend], wanted: str | None, 
     reasons = []
     for name, backend in backends.items():
         if wanted in (None, name):
-            reason = backend["unsupported"](**call)
+            reason = backend["unavailable"]() if wanted is None and "unavailable" in backend else None
+            reason = reason or backend["unsupported"](**call)
             if reason is None:
                 return backend[operation]
             reasons.append(f"{name}: {reason}")

@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import choose
-from pallas_kernels.paged_attention import blocks, reference
+from pallas_kernels.paged_attention import blocks, mosaic_gpu, reference, triton
 
-BACKENDS = {"xla_blocks": vars(blocks), "xla": vars(reference)}
+BACKENDS = {
+    "mosaic_gpu": vars(mosaic_gpu),
+    "triton": vars(triton),
+    "xla_blocks": vars(blocks),
+    "xla": vars(reference),
+}
 
 
 def paged_attention(
@@ -38,7 +43,8 @@ def paged_attention(
     Args:
       q: [B, T, H, D], rotated. T = 1: decoding; T a chunk: prefill over pages.
       k_pool, v_pool: [P, layers_per_page, heads_per_page, page, D]; v_pool None: the value is the key's first value_dim
-        columns (MLA). heads_per_page 1: each KV head has a row of its own.
+        columns (MLA). heads_per_page 1: each KV head has a row of its own. uint8 pools narrower than D hold n codes a
+        byte in W = D / n bytes: byte i holds columns i, i + W, ... from its low bits up, of values as of keys.
       block_table: int32[B, K or 1, N], -1 is no page. lengths: int32[B, K or 1], slots in use, whatever their order.
       layer: int32[1], the layer's place within a page; traced, so that one compilation serves all layers.
       positions: int32[B, K or 1, N * page], where each slot's token stands, -1 skips it; None: the slot's own index.
@@ -66,7 +72,9 @@ def paged_attention(
         v_scale=v_scale,
         v_min=v_min,
     )
-    call = choose("paged_attention", BACKENDS, backend, q=q, k_pool=k_pool, v_pool=v_pool, **options)
+    call = choose(
+        "paged_attention", BACKENDS, backend, q=q, k_pool=k_pool, v_pool=v_pool, block_table=block_table, **options
+    )
     return call(q, k_pool, v_pool, block_table, lengths, **options)
 
 
@@ -109,7 +117,7 @@ def paged_weights(
         k_scale=k_scale,
         k_min=k_min,
     )
-    call = choose("paged_weights", BACKENDS, backend, q=q, k_pool=k_pool, **options)
+    call = choose("paged_weights", BACKENDS, backend, q=q, k_pool=k_pool, block_table=block_table, **options)
     return call(q, k_pool, block_table, lengths, **options)
 
 

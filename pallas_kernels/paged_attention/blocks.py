@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.reference import dequantised, seen_and_held
+from pallas_kernels.paged_attention.reference import codes_per_byte, dequantised, seen_and_held
 from pallas_kernels.softmax import column_weights, heads_last, scores, weighted
 
 BLOCK_ELEMENTS = {"cpu": 2**18}
@@ -122,14 +122,15 @@ def paged_attention(
     cuts = cut(q, k_pool, block_table, lengths, positions, q_positions, window)
     batch, tokens, heads, _ = q.shape
     kv_heads = max(block_table.shape[1], k_pool.shape[2])
-    width = value_dim if v_pool is None else v_pool.shape[-1]
+    packed = codes_per_byte(q, k_pool)
+    width = value_dim if v_pool is None else v_pool.shape[-1] * packed
     rows = (batch, kv_heads, heads // kv_heads, tokens)
 
     def trip(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
         table, left, where = cuts.block(number)
-        k = dequantised(k_pool, k_scale, k_min, table, layer, q.dtype)
-        v = k[..., :width] if v_pool is None else dequantised(v_pool, v_scale, v_min, table, layer, q.dtype)
+        k = dequantised(k_pool, k_scale, k_min, table, layer, q.dtype, packed)
+        v = k[..., :width] if v_pool is None else dequantised(v_pool, v_scale, v_min, table, layer, q.dtype, packed)
         mask, held = seen_and_held(table, left, where, q_positions, window, cuts.page)
         # Unused slots may hold anything, NaN too, and a weight of 0 does not silence a NaN.
         v = jnp.where(held[..., None], v, 0)
@@ -172,7 +173,7 @@ def paged_weights(
 
     def trip(number: jax.Array, mass: jax.Array) -> jax.Array:
         table, left, where = cuts.block(number)
-        k = dequantised(k_pool, k_scale, k_min, table, layer, q.dtype)
+        k = dequantised(k_pool, k_scale, k_min, table, layer, q.dtype, codes_per_byte(q, k_pool))
         mask, _ = seen_and_held(table, left, where, q_positions, window, cuts.page)
         some = column_weights(q, k, mask, lse, row_weights, scale, soft_cap)
         return jax.lax.dynamic_update_slice_in_dim(mass, some, number * cuts.slots, 2)

@@ -22,6 +22,18 @@ def gather(pool: jax.Array, table: jax.Array, layer: jax.Array) -> jax.Array:
     return rows.reshape(*number.shape[:2], number.shape[2] * pool.shape[3], *pool.shape[4:])
 
 
+def codes_per_byte(q: jax.Array, k_pool: jax.Array) -> int:
+    """How many codes share a byte of the pools: uint8 keys narrower than the queries hold several."""
+    return q.shape[-1] // k_pool.shape[-1] if k_pool.dtype == jnp.uint8 else 1
+
+
+def unpacked(codes: jax.Array, packed: int) -> jax.Array:
+    """uint8[..., W] -> uint8[..., W * packed]: byte i holds columns i, i + W, ... from its low bits up."""
+    bits = 8 // packed
+    mask = jnp.uint8(2**bits - 1)
+    return jnp.concatenate([(codes >> jnp.uint8(shift)) & mask for shift in range(0, 8, bits)], axis=-1)
+
+
 def dequantised(
     pool: jax.Array,
     scale: jax.Array | None,
@@ -29,11 +41,14 @@ def dequantised(
     table: jax.Array,
     layer: jax.Array,
     dtype: jnp.dtype,
+    packed: int = 1,
 ) -> jax.Array:
-    """One layer's slots [B, K, N * page, *] as the codec reads them back, in `dtype`."""
+    """One layer's slots [B, K, N * page, *] as the codec reads them back, in `dtype`; `packed` codes share a byte."""
     codes = gather(pool, table, layer)
     if scale is None:
         return codes.astype(dtype)
+    if packed > 1:
+        codes = unpacked(codes, packed)
     steps = gather(scale, table, layer).astype(jnp.float32)
     if steps.ndim == 3:
         return (codes.astype(jnp.float32) * steps[..., None]).astype(dtype)
@@ -78,11 +93,12 @@ def paged_attention(
     v_min: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
-    k = dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype)
+    packed = codes_per_byte(q, k_pool)
+    k = dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype, packed)
     if v_pool is None:
         v = k[..., :value_dim]
     else:
-        v = dequantised(v_pool, v_scale, v_min, block_table, layer, q.dtype)
+        v = dequantised(v_pool, v_scale, v_min, block_table, layer, q.dtype, packed)
     mask, held = seen_and_held(block_table, lengths, positions, q_positions, window, k_pool.shape[3])
     # Unused slots may hold anything, NaN too, and a weight of 0 does not silence a NaN.
     v = jnp.where(held[..., None], v, 0)
@@ -107,6 +123,7 @@ def paged_weights(
     k_min: jax.Array | None,
 ) -> jax.Array:
     """See `api.paged_weights`."""
-    k = dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype)
+    packed = codes_per_byte(q, k_pool)
+    k = dequantised(k_pool, k_scale, k_min, block_table, layer, q.dtype, packed)
     mask, _ = seen_and_held(block_table, lengths, positions, q_positions, window, k_pool.shape[3])
     return column_weights(q, k, mask, lse, row_weights, scale, soft_cap)

@@ -1,0 +1,115 @@
+"""The shapes at which the dense kernels for Hopper are proven: every configuration, and every kind of mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention.api import attention
+from pallas_kernels.checks.case import Case
+from pallas_kernels.checks.numerics import GRADIENT_TOLERANCE, TOLERANCES
+
+
+def cases() -> Iterable[Case]:
+    """Small ones first."""
+    yield _case("causal d64", "small", (1, 128, 128, 2, 1, 64, 64))
+    yield _case("ragged d128", "small", (2, 70, 130, 1, 1, 128, 128), lengths=(129, 0))
+    yield _case("window cap d64", "small", (1, 64, 192, 1, 1, 64, 64), window=70, soft_cap=2.0)
+    yield _case("gradient causal d64", "small", (1, 128, 128, 2, 1, 64, 64), gradient=True)
+    yield _case("gradient d192/128", "small", (1, 65, 65, 1, 1, 192, 128), gradient=True, soft_cap=3.0)
+    for key, value in ((64, 64), (128, 128), (192, 128), (256, 256)):
+        width = f"d{key}" if key == value else f"d{key}/{value}"
+        shape = (2, 4096, 4096, 16, 4, key, value)
+        for gradient in (False, True):
+            what = f"gradient {width}" if gradient else width
+            yield _case(f"{what} group4 causal", "full", shape, gradient=gradient)
+            yield _case(f"{what} group4 causal f16", "full", shape, gradient=gradient, dtype="float16")
+            yield _case(f"{what} group4 cap window", "full", shape, gradient=gradient, soft_cap=30.0, window=1024)
+        yield _case(f"{width} ragged", "full", (4, 777, 2000, 8, 1, key, value), lengths=(2000, 1, 0, 1500))
+        yield _case(f"{width} positions", "full", (2, 1000, 3000, 8, 8, key, value), positions=True)
+        yield _case(f"{width} segments", "full", (2, 2048, 2048, 8, 2, key, value), segments=True)
+    yield _case("d128 not causal", "full", (2, 4096, 4096, 16, 16, 128, 128), causal=False)
+    yield _case("gradient d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), gradient=True, lengths=(1000, 513))
+    yield _case("gradient d128 segments", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, segments=True)
+
+
+def _case(
+    name: str,
+    size: Any,
+    shape: tuple[int, int, int, int, int, int, int],
+    *,
+    dtype: str = "bfloat16",
+    gradient: bool = False,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    lengths: tuple[int, ...] | None = None,
+    positions: bool = False,
+    segments: bool = False,
+) -> Case:
+    """shape: (B, T, S, H, K, D, Dv)."""
+    batch, queries, keys, heads, kv_heads, width, value_width = shape
+
+    def inputs(seed: int) -> tuple[Any, ...]:
+        random = jax.random.split(jax.random.key(seed), 6)
+        sizes = ((queries, heads, width), (keys, kv_heads, width), (keys, kv_heads, value_width))
+        arrays = [jax.random.normal(random[i], (batch, *s), dtype) for i, s in enumerate(sizes)]
+        masks = {}
+        if lengths is not None:
+            masks["lengths"] = jnp.array(lengths, jnp.int32)
+        if positions:
+            # Any order, and every tenth place empty.
+            order = jax.random.permutation(random[3], jnp.broadcast_to(jnp.arange(keys), (batch, keys)), 1, True)
+            masks["positions"] = jnp.where(order % 10 == 9, -1, order).astype(jnp.int32)
+            masks["q_positions"] = jnp.broadcast_to(jnp.arange(queries, dtype=jnp.int32) + 500, (batch, queries))
+        if segments:
+            starts = jax.random.bernoulli(random[3], 4 / keys, (batch, keys))
+            masks["segment_ids"] = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+        if gradient:
+            arrays.append(jax.random.normal(random[4], (batch, queries, heads, value_width), dtype))
+            arrays.append(jax.random.normal(random[5], (batch, queries, heads), jnp.float32))
+        return (*arrays, masks)
+
+    def run(backend: str) -> Callable[..., Any]:
+        def outputs(q: Any, k: Any, v: Any, masks: Any) -> Any:
+            return attention(q, k, v, causal=causal, window=window, soft_cap=soft_cap, backend=backend, **masks)
+
+        def gradients(q: Any, k: Any, v: Any, dout: Any, dlse: Any, masks: Any) -> Any:
+            (out, lse), pull_back = jax.vjp(lambda q, k, v: outputs(q, k, v, masks), q, k, v)
+            return pull_back((dout.astype(out.dtype), jnp.where(jnp.isfinite(lse), dlse, 0.0)))
+
+        return gradients if gradient else outputs
+
+    def wide(*arguments: Any) -> Any:
+        *arrays, masks = arguments
+        return run("xla")(*(array.astype(jnp.float32) for array in arrays), masks)
+
+    seen = _visible(shape, causal, window)
+    return Case(
+        name=name,
+        operation="attention gradient" if gradient else "attention",
+        backend="mosaic_gpu",
+        size=size,
+        inputs=inputs,
+        call=run("mosaic_gpu"),
+        reference=wide,
+        tolerance=GRADIENT_TOLERANCE if gradient else TOLERANCES[dtype],
+        # What a mask of data hides is not known here.
+        flops=None
+        if lengths or positions or segments
+        else 2.0 * batch * heads * seen * (width + value_width) * (3.5 if gradient else 1.0),
+        baseline=run("xla"),
+    )
+
+
+def _visible(shape: tuple[int, ...], causal: bool, window: int | None) -> int:
+    """Pairs of a query and a key it sees, of one head."""
+    _, queries, keys = shape[:3]
+    if not causal:
+        return queries * keys
+    last = np.arange(keys - queries, keys)
+    return int(np.sum(np.minimum(last + 1, keys if window is None else window)))

@@ -1,0 +1,63 @@
+"""The backward pass of attention on Hopper: deterministic, in two kernels (Dao 2023, 2307.08691, section 3.1.2).
+
+One works by tiles of keys and gives dk and dv, the other by tiles of queries and gives dq: seven products where five
+would do, but no sum across thread blocks, whose order would change the result from run to run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import hopper
+from pallas_kernels.attention.mosaic_gpu_dkv import key_value_gradients
+from pallas_kernels.attention.mosaic_gpu_dq import query_gradient
+from pallas_kernels.attention.mosaic_gpu_scores import Scores
+from pallas_kernels.attention.spans import Spans
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """How the backward kernels cut their work.
+
+    Attributes:
+      query_block: queries of a step of the kernel for dk and dv. stages: steps it holds in shared memory.
+      split: dk and dv of the same keys by one consumer each.
+      key_block: keys of a step of the kernel for dq. k_stages, v_stages: steps it holds in shared memory.
+    """
+
+    query_block: int = 64
+    stages: int = 2
+    split: bool = False
+    key_block: int = 64
+    k_stages: int = 2
+    v_stages: int = 2
+
+
+def default_backward_config(width: int, value_width: int) -> BackwardConfig:
+    """A choice for key and value widths that nobody has measured."""
+    wide = max(width, value_width)
+    return BackwardConfig(split=wide > 128, key_block=128 if wide == 64 else 64, v_stages=1 if wide == 256 else 2)
+
+
+def backward(
+    residuals: tuple[jax.Array, ...],
+    of: Spans,
+    cotangents: tuple[jax.Array, jax.Array],
+    scores: Scores,
+    config: BackwardConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """From (q, k, v, out, lse float32[B,H,T]) and the cotangents of out and lse -> dq, dk, dv."""
+    q, k, v, out, lse = residuals
+    dout, dlse = cotangents
+    some = jnp.isfinite(lse)
+    delta = jnp.swapaxes(jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=3), 1, 2)
+    # A log-sum-exp's slope is the probability: what changes it adds to what every score gets.
+    delta = jnp.where(some, delta - dlse.astype(jnp.float32), 0.0)
+    lse = jnp.where(some, lse * hopper.LOG2_E, jnp.inf)
+    call = (q, k, v, dout.astype(q.dtype), lse, delta, of, scores)
+    dk, dv = key_value_gradients(*call, block=config.query_block, stages=config.stages, split=config.split)
+    dq = query_gradient(*call, block=config.key_block, k_stages=config.k_stages, v_stages=config.v_stages)
+    return dq, dk, dv

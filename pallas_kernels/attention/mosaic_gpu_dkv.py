@@ -1,0 +1,243 @@
+"""The gradients of keys and values on Hopper: a tile of keys at a time, over the queries that see it.
+
+Products are taken transposed, keys by queries, so that probabilities are the left side of the next product where they
+are, in registers. All query heads of a KV head are visited by one thread block: nothing is added across blocks, and
+the result does not depend on their order.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.attention.mosaic_gpu_scores import ROWS, Scores
+from pallas_kernels.attention.ring import barriers, fill, ring
+from pallas_kernels.attention.spans import Spans, query_tiles
+from pallas_kernels.attention.walk import Walk, place, sections
+
+CONSUMERS = 2
+
+
+def key_tile(split: bool) -> int:
+    """Keys of a thread block."""
+    return ROWS if split else CONSUMERS * ROWS
+
+
+def key_value_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    of: Spans,
+    scores: Scores,
+    *,
+    block: int,
+    stages: int,
+    split: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """q, dout [B,T,H,*], k, v [B,S,K,*], lse (in log2, +inf where nothing is seen), delta float32[B,H,T] -> dk, dv.
+
+    `split`: both consumers work on the same 64 keys, one on dv, the other on dk, to which the first hands its
+    probabilities through shared memory: for widths of which one consumer cannot hold both sums in registers.
+    """
+    batch, queries, heads, width = q.shape
+    keys, kv_heads, value_width = k.shape[1], k.shape[2], v.shape[3]
+    dtype, group = q.dtype, heads // kv_heads
+    tile = key_tile(split)
+    tiles = keys // tile
+    section = sections(batch * kv_heads, 1, group * queries * (width + value_width) * dtype.itemsize)
+    shape = (ROWS, block)
+
+    def body(*refs: Any) -> None:
+        q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, at_ref, low_ref, high_ref, ranges_ref, *rest = refs
+        dk_ref, dv_ref, k_smem, v_smem, q_smem, lse_smem, dout_smem, delta_smem, *rest = rest
+        k_full, v_full, q_barriers, dout_barriers, *handed = rest
+        q_ring = ring((q_smem, lse_smem), q_barriers, stages)
+        dout_ring = ring((dout_smem, delta_smem), dout_barriers, stages)
+        me = lax.axis_index("warpgroup")
+        head_of_all, number = place(lax.axis_index("block"), section, tiles)
+        b, kv_head = lax.div(head_of_all, kv_heads), lax.rem(head_of_all, kv_heads)
+        walk = Walk.read(ranges_ref, b, number, times=group)
+
+        def start(mine: Any) -> tuple[Any, jax.Array]:
+            """Begins to load this consumer's keys and values; gives their rows and positions."""
+            rows = pl.ds(number * tile + (0 if split else me * ROWS), ROWS)
+            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, kv_head], k_smem.at[mine], k_full.at[mine])
+            plgpu.copy_gmem_to_smem(v_ref.at[b, rows, kv_head], v_smem.at[mine], v_full.at[mine])
+            where = (0 if at_ref.shape[0] == 1 else b, rows)
+            return rows, hopper.load(at_ref.at[where], hopper.ROWS, optimized=False)
+
+        def seen(i: jax.Array, at: jax.Array) -> jax.Array:
+            here = (0 if low_ref.shape[0] == 1 else b, pl.ds(walk.at(i)[1] * block, block))
+            low, high = (hopper.load(ref.at[here], hopper.COLUMNS, optimized=False) for ref in (low_ref, high_ref))
+            at = hopper.rows_over(at, shape)
+            return (at >= hopper.columns_over(low, shape)) & (at <= hopper.columns_over(high, shape))
+
+        def columns(buffer: Any, slot: jax.Array) -> jax.Array:
+            return hopper.columns_over(hopper.load(buffer.at[slot], hopper.COLUMNS), shape)
+
+        def loop(step: Any, init: Any) -> Any:
+            carry = lax.fori_loop(0, walk.plain_steps, functools.partial(step, mask=False), init)
+            return lax.fori_loop(walk.plain_steps, walk.steps, functools.partial(step, mask=True), carry)
+
+        def store(value: jax.Array, staged: Any, ref: Any, rows: Any) -> None:
+            staged[...] = value.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged, ref.at[b, rows, kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(me == CONSUMERS)
+        def produce() -> None:
+            plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][1], action="decrease")
+
+            def sources(i: jax.Array) -> tuple[tuple[Any, Any], ...]:
+                of_group, at = walk.at(i)
+                head, rows = kv_head * group + of_group, pl.ds(at * block, block)
+                return (
+                    (q_ref.at[b, rows, head], lse_ref.at[b, head, rows]),
+                    (dout_ref.at[b, rows, head], delta_ref.at[b, head, rows]),
+                )
+
+            fill(walk.steps, (q_ring, dout_ring), sources)
+
+        def both() -> None:
+            plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
+            rows, at = start(me)
+            plgpu.barrier_wait(k_full.at[me])
+            plgpu.barrier_wait(v_full.at[me])
+
+            def step(i: jax.Array, carry: tuple[jax.Array, ...], *, mask: bool) -> tuple[jax.Array, ...]:
+                dk, dv = carry
+                visible = seen(i, at) if mask else None
+                mine = hopper.within_loop(me, i)
+                slot = q_ring.wait(i)
+                raw = hopper.product(k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
+                p, slope = scores.probabilities(raw, columns(lse_smem, slot), visible)
+                narrow = p.astype(dtype)
+                dout_ring.wait(i)
+
+                def products(sums: Any) -> None:
+                    hopper.matmul_into(sums[0], narrow, dout_smem.at[slot])
+                    hopper.matmul_into(sums[1], v_smem.at[mine], dout_smem.at[slot].transpose((1, 0)))
+
+                nothing = hopper.filled(shape, 0.0, plgpu.Layout.WGMMA)
+                dv, change = hopper.accumulate(products, (dv, nothing))
+                change = (slope * (change - columns(delta_smem, slot))).astype(dtype)
+                dout_ring.release(i)
+                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, q_smem.at[slot]), dk)
+                q_ring.release(i)
+                return dk, dv
+
+            nothing = (hopper.filled((ROWS, w), 0.0, plgpu.Layout.WGMMA) for w in (width, value_width))
+            dk, dv = loop(step, tuple(nothing))
+            store(dk * scores.scale, k_smem.at[me], dk_ref, rows)
+            store(dv, v_smem.at[me], dv_ref, rows)
+
+        def values() -> None:
+            p_smem, p_full, p_free = handed
+            plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
+            rows, at = start(0)
+            plgpu.barrier_wait(k_full.at[0])
+
+            def step(i: jax.Array, dv: jax.Array, *, mask: bool) -> jax.Array:
+                visible = seen(i, at) if mask else None
+                slot = q_ring.wait(i)
+                raw = hopper.product(k_smem.at[hopper.within_loop(0, i)], q_smem.at[slot].transpose((1, 0)))
+                p, slope = scores.probabilities(raw, columns(lse_smem, slot), visible)
+                q_ring.release(i)
+                hand = lax.rem(i, 2)
+
+                @pl.when(i >= 2)
+                def _() -> None:
+                    plgpu.barrier_wait(p_free.at[hand])
+
+                p_smem[hand] = slope.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_full.at[hand])
+                narrow = p.astype(dtype)
+                dout_ring.wait(i)
+                dv = hopper.accumulate(lambda ref: hopper.matmul_into(ref, narrow, dout_smem.at[slot]), dv)
+                dout_ring.release(i)
+                return dv
+
+            dv = loop(step, hopper.filled((ROWS, value_width), 0.0, plgpu.Layout.WGMMA))
+
+            def drain(i: jax.Array, _: Any) -> None:
+                plgpu.barrier_wait(p_free.at[lax.rem(i, 2)])
+
+            # Once all is handed over the other consumer needs the values no more, whose place dv takes.
+            lax.fori_loop(jnp.maximum(walk.steps - 2, 0), walk.steps, drain, None)
+            plgpu.barrier_wait(v_full.at[0])
+            store(dv, v_smem.at[0], dv_ref, rows)
+
+        def keys_only() -> None:
+            p_smem, p_full, p_free = handed
+            plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
+            plgpu.barrier_wait(v_full.at[0])
+
+            def step(i: jax.Array, dk: jax.Array, *, mask: bool) -> jax.Array:
+                del mask
+                slot = dout_ring.wait(i)
+                change = hopper.product(v_smem.at[hopper.within_loop(0, i)], dout_smem.at[slot].transpose((1, 0)))
+                change = change - columns(delta_smem, slot)
+                dout_ring.release(i)
+                hand = lax.rem(i, 2)
+                plgpu.barrier_wait(p_full.at[hand])
+                slope = hopper.load(p_smem.at[hand], plgpu.Layout.WGMMA)
+                change = (slope.astype(jnp.float32) * change).astype(dtype)
+                plgpu.barrier_arrive(p_free.at[hand])
+                q_ring.wait(i)
+                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, q_smem.at[slot]), dk)
+                q_ring.release(i)
+                return dk
+
+            dk = hopper.filled((ROWS, width), 0.0, plgpu.Layout.WGMMA)
+            dk = lax.fori_loop(0, walk.steps, functools.partial(step, mask=False), dk)
+            # The other consumer's last product with the keys came before the last probabilities it handed over.
+            plgpu.barrier_wait(k_full.at[0])
+            store(dk * scores.scale, k_smem.at[0], dk_ref, pl.ds(number * tile, ROWS))
+
+        if split:
+            pl.when(me == 0)(values)
+            pl.when(me == 1)(keys_only)
+        else:
+            pl.when(me < CONSUMERS)(both)
+
+    owners = 1 if split else CONSUMERS
+    handed = (
+        hopper.tiles((2, ROWS, block), dtype),
+        plgpu.Barrier(num_barriers=2),
+        plgpu.Barrier(num_barriers=2),
+    )
+    run = hopper.kernel(
+        body,
+        name="attention_dkv",
+        out_type=(jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)),
+        grid=(batch * kv_heads * tiles,),
+        grid_names=("block",),
+        num_threads=CONSUMERS + 1,
+        scratch_types=(
+            hopper.tiles((owners, ROWS, width), dtype),
+            hopper.tiles((owners, ROWS, value_width), dtype),
+            hopper.tiles((stages, block, width), dtype),
+            plgpu.SMEM((stages, block), jnp.float32),
+            hopper.tiles((stages, block, value_width), dtype),
+            plgpu.SMEM((stages, block), jnp.float32),
+            plgpu.Barrier(num_barriers=owners),
+            plgpu.Barrier(num_barriers=owners),
+            barriers(stages, 2, CONSUMERS),
+            barriers(stages, 2, CONSUMERS),
+            *(handed if split else ()),
+        ),
+    )
+    ranges = query_tiles(of, block, tile)
+    return run(q, k, v, dout, lse, delta, of.positions, of.low, of.high, ranges)

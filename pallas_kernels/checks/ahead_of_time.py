@@ -1,0 +1,209 @@
+"""The third gate: machine code for an H100, made without one, and what it says of registers, spills and tensor cores.
+
+XLA compiles for a described device; Mosaic GPU and jax-triton leave their PTX, machine code and logs in a folder.
+Needed beside jax: the CUDA plugin packages (not a GPU), and ptxas and nvdisasm from NVIDIA's wheels or the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from pallas_kernels.checks.case import Case
+from pallas_kernels.checks.lowering import H100, shapes
+
+SHARED_MEMORY = 232448
+"""Bytes a block may have on an H100."""
+TOOLS = {"ptxas": "nvidia-cuda-nvcc", "nvdisasm": "nvidia-cuda-nvdisasm"}
+"""NVIDIA's tools and the packages that bring them."""
+ATTENTION = ("attention", "paged_attention", "paged_weights", "shared_prefix")
+"""Operations whose kernels must use the tensor cores."""
+
+# What XLA asks a device for, here answered for an H100 SXM with 80 GB (datasheet, and CUDA's limits for 9.0).
+_TARGET = f"""
+platform_name: "CUDA"
+device_description_str: "{H100}"
+runtime_version {{ major: 13 minor: 0 }}
+dnn_version_info {{ major: 9 minor: 12 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {SHARED_MEMORY}
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  device_memory_size: 84929347584
+}}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel's machine code.
+
+    Attributes:
+      registers: per thread, at launch.
+      spill_bytes: stored to and loaded from local memory.
+      shared_memory: bytes of a block; None where the compiler left no note of it.
+      hgmma: tensor core instructions of a warpgroup, 8-bit ones included; hmma: those of a warp.
+      warnings: those of ptxas with a number, such as products serialised or register limits ignored.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_memory: int | None
+    hgmma: int
+    hmma: int
+    warnings: tuple[str, ...] = ()
+
+    def faults(self, case: Case) -> list[str]:
+        """Which of the rules this kernel of the case breaks."""
+        found = [f"spills {self.spill_bytes} bytes"] if self.spill_bytes else []
+        if self.shared_memory is not None and self.shared_memory > SHARED_MEMORY:
+            found.append(f"{self.shared_memory} bytes of shared memory, over {SHARED_MEMORY}")
+        if case.operation.split()[0] in ATTENTION:
+            if case.backend == "mosaic_gpu" and not self.hgmma:
+                found.append("no warpgroup products (HGMMA)")
+            if case.backend == "triton" and not self.hgmma + self.hmma:
+                found.append("no tensor core products")
+        return found + [warning for warning in self.warnings if re.match(r"\(C75\d\d\)", warning)]
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled ahead of time here, or None."""
+    version = metadata.version("jaxlib")
+    for package in ("jax-cuda13-plugin", "jax-cuda13-pjrt"):
+        try:
+            if (found := metadata.version(package)) != version:
+                return f"{package} is {found} and jaxlib {version}"
+        except metadata.PackageNotFoundError:
+            return f"{package} is not installed"
+    absent = [f"{tool} ({package})" for tool, package in TOOLS.items() if _tool(tool) is None]
+    return f"there is no {' and no '.join(absent)}" if absent else None
+
+
+@functools.cache
+def _tool(name: str) -> str | None:
+    try:
+        # The namespace that NVIDIA's wheels share.
+        roots = importlib.import_module("nvidia").__path__
+    except ModuleNotFoundError:
+        return shutil.which(name)
+    wheels = (tool for root in roots for tool in Path(root).glob(f"*/bin/{name}"))
+    return str(next(wheels, None) or shutil.which(name) or "") or None
+
+
+@functools.cache
+def _h100() -> Mesh:
+    """One H100 to compile for."""
+    return Mesh(topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=_TARGET).devices, ("gpu",))
+
+
+def compile_for_h100(call: Any, arguments: tuple[Any, ...]) -> list[Kernel]:
+    """Compiles a call on arrays or `jax.ShapeDtypeStruct`s; its Mosaic GPU and Triton kernels."""
+    mesh = _h100()
+    whole = NamedSharding(mesh, PartitionSpec())
+    with use_abstract_mesh(mesh.abstract_mesh), _left_behind() as folder:
+        lowered = (
+            jax.jit(call, in_shardings=whole, out_shardings=whole).trace(*arguments).lower(lowering_platforms=("cuda",))
+        )
+        lowered.compile()
+        made = [_read(ptx) for ptx in sorted(folder.rglob("*.ptx"))]
+    hashes = set(re.findall(r'kernel_hash = "((?:\\.|[^"\\])*)"', lowered.as_text()))
+    before = [kernel for number in sorted(hashes) for kernel in _COMPILED.get(number, ())]
+    _COMPILED.update(dict.fromkeys(hashes - _COMPILED.keys(), tuple(made)))
+    return made + [kernel for kernel in dict.fromkeys(before) if kernel not in made]
+
+
+_COMPILED: dict[str, tuple[Kernel, ...]] = {}
+"""Hash of a Mosaic GPU kernel -> the kernels of the call it was first seen in. One is compiled once in a process."""
+
+
+def compile_case(case: Case) -> list[Kernel]:
+    """The kernels of a full case."""
+    return compile_for_h100(case.call, shapes(case))
+
+
+@contextlib.contextmanager
+def _left_behind() -> Iterator[Path]:
+    """A folder that compilers leave their work in while it is open."""
+    variables = ("MOSAIC_GPU_DUMP_TO", "JAX_TRITON_DUMP_DIR")
+    # jax-triton reads its variable when it is imported, and never again.
+    triton = sys.modules.get("jax_triton.triton_lib")
+    with tempfile.TemporaryDirectory(prefix="ahead_of_time_") as folder:
+        os.environ.update(dict.fromkeys(variables, folder))
+        if triton is not None:
+            triton._JAX_TRITON_DUMP_DIR = folder  # type: ignore[attr-defined]
+            getattr(triton, "_COMPILED_KERNEL_CACHE", {}).clear()
+        try:
+            yield Path(folder)
+        finally:
+            for name in variables:
+                os.environ.pop(name, None)
+            if triton is not None:
+                triton._JAX_TRITON_DUMP_DIR = None  # type: ignore[attr-defined]
+
+
+def _read(ptx: Path) -> Kernel:
+    """A kernel from its PTX and what lies beside it."""
+    notes, passes = ptx.with_suffix(".compile_info"), ptx.with_suffix(".mlir-passes.log")
+    log_file, code_file = ptx.with_suffix(".ptxas"), ptx.with_suffix(".sass_ctrl")
+    if log_file.exists() and code_file.exists():  # Mosaic GPU has assembled and disassembled it already
+        log, code = log_file.read_text(), code_file.read_text()
+    else:
+        target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
+        assert target is not None, f"{ptx.name} names no target"
+        binary = ptx.with_suffix(".cubin")
+        log = _run("ptxas", "-v", f"-arch={target[1]}", str(ptx), "-o", str(binary))
+        code = _run("nvdisasm", "-c", str(binary))
+    memory = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes.read_text()) if passes.exists() else []
+    memory += re.findall(r"shared_mem_bytes: (\d+)", notes.read_text()) if notes.exists() else []
+    used = re.search(r"Used (\d+) registers", log)
+    assert used is not None, f"ptxas says nothing of registers: {log[-400:]}"
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return Kernel(
+        name=re.sub(r"_\d+$", "", ptx.stem),
+        registers=int(used[1]),
+        spill_bytes=sum(int(stores) + int(loads) for stores, loads in spills),
+        shared_memory=int(memory[-1]) if memory else None,
+        hgmma=len(re.findall(r"\b[HQI]GMMA\b", code)),
+        hmma=len(re.findall(r"\b[HQI]MMA\b", code)),
+        warnings=tuple(re.findall(r"^ptxas info +: (\(C\d+\).*)$", log, re.MULTILINE)),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    path = _tool(tool)
+    assert path is not None, f"there is no {tool}"
+    done = subprocess.run([path, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stdout[-2000:]}")
+    return done.stdout

@@ -1,0 +1,166 @@
+"""The gates that need no GPU, each case in a process apart, so that one that hangs or crashes costs only itself.
+
+`python -m pallas_kernels.checks.gates GATE SOURCE` is such a process: asked for a case by name, it answers with its
+verdict as JSON. SOURCE is the `module:function` that gives the cases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import queue
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pallas_kernels import triton_call
+from pallas_kernels.checks.case import Case
+from pallas_kernels.checks.process import Lost, Process, answering
+
+GATES = ("interpret", "lower", "compile")
+"""In the order in which they find most."""
+SECONDS = 300.0
+"""A case that gives no answer for so long is given up."""
+OUT_OF_TIME = "out of time"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a gate says of a case.
+
+    Attributes:
+      passed: None: not run, and `reason` says why.
+      reason: why it failed or was not run; "" where there is nothing to say.
+      seconds: how long it took.
+      found: numbers: differences of "interpret", kernels of "compile".
+    """
+
+    case: str
+    gate: str
+    passed: bool | None
+    reason: str = ""
+    seconds: float = 0.0
+    found: tuple[dict[str, Any], ...] = ()
+
+
+def applies(gate: str, case: Case) -> str | None:
+    """Why a gate is not for this case, or None."""
+    if gate == "interpret":
+        if case.backend != "mosaic_gpu":
+            return f"{case.backend} has no interpret mode with race detection"
+        return None if case.size == "small" else "too large to interpret"
+    if case.size == "small":
+        return "a case of interpret mode"
+    if case.backend == "triton":
+        return triton_call.absent()
+    if case.backend == "xla":
+        return "XLA makes its kernels itself, when it compiles for a GPU" if gate == "compile" else None
+    return "cuDNN cannot be lowered without a GPU" if case.backend == "cudnn" else None
+
+
+def check(gate: str, case: Case) -> Verdict:
+    """Runs one gate on one case, in this process. Whatever the kernel raises is the finding."""
+    from pallas_kernels.checks import ahead_of_time, interpret, lowering
+
+    missing = {"interpret": interpret.missing, "lower": lambda: None, "compile": ahead_of_time.missing}[gate]
+    if (reason := applies(gate, case) or missing()) is not None:
+        return Verdict(case.name, gate, None, reason)
+    begun = time.perf_counter()
+    found: list[dict[str, Any]] = []
+    faults: list[str] = []
+    try:
+        if gate == "interpret":
+            watch, differences = interpret.run(case)
+            found = [dataclasses.asdict(difference) for difference in differences]
+            faults = ["data races"] * watch.races
+            faults += [f"{d.output}: error {d.error:.2g}, allowed {d.allowed:g}" for d in differences if not d.passed]
+        elif gate == "lower":
+            lowering.lower(case)
+        else:
+            kernels = ahead_of_time.compile_case(case)
+            found = [dataclasses.asdict(kernel) for kernel in kernels]
+            faults = [f"{kernel.name}: {fault}" for kernel in kernels for fault in kernel.faults(case)]
+            faults += [] if kernels else ["no kernel in it but XLA's own"]
+    except Exception as error:
+        faults.append(brief(error))
+    seconds = round(time.perf_counter() - begun, 2)
+    return Verdict(case.name, gate, not faults, "; ".join(faults), seconds, tuple(found))
+
+
+def brief(error: Exception) -> str:
+    """An exception in a line. What comes out of a callback holds whole tracebacks: only their last line tells."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1]
+    return re.sub(r"\s+", " ", f"{type(error).__name__}: {text}")[:600]
+
+
+def serve(gate: str, source: str) -> None:
+    """Answers each name of a case with its verdict."""
+    module, function = source.split(":")
+    cases = {case.name: case for case in getattr(importlib.import_module(module), function)()}
+    with answering() as (questions, answers):
+        for line in questions:
+            print(json.dumps(dataclasses.asdict(check(gate, cases[line.strip()]))), file=answers, flush=True)
+
+
+def _ask(worker: Process, gate: str, name: str, seconds: float) -> Verdict:
+    begun = time.perf_counter()
+    try:
+        answer = json.loads(worker.ask(name, seconds))
+    except Lost as lost:
+        return Verdict(name, gate, False, str(lost), round(time.perf_counter() - begun, 2))
+    return Verdict(**{**answer, "found": tuple(answer["found"])})
+
+
+def run(
+    gate: str,
+    cases: Sequence[Case],
+    *,
+    workers: int = 1,
+    seconds: float = SECONDS,
+    go_on: Callable[[], bool] = lambda: True,
+    source: str = "pallas_kernels.checks.collect:every_case",
+) -> Iterator[Verdict]:
+    """The verdicts of one gate on many cases, as they come, from `workers` processes.
+
+    Args:
+      seconds: what one case may take.
+      go_on: asked before every case; once it says no, the rest is "not run".
+      source: the `module:function` that gives these cases, by which a process finds them.
+    """
+    todo: queue.SimpleQueue[Case] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
+    for case in cases:
+        todo.put(case)
+
+    def work() -> None:
+        # Without a GPU in sight, so that one at work is left alone; nothing from an earlier run.
+        environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        worker = Process("pallas_kernels.checks.gates", gate, source, environment=environment)
+        try:
+            while True:
+                case = todo.get_nowait()
+                if (reason := applies(gate, case)) is not None:
+                    done.put(Verdict(case.name, gate, None, reason))
+                elif go_on():
+                    done.put(_ask(worker, gate, case.name, seconds))
+                else:
+                    done.put(Verdict(case.name, gate, None, OUT_OF_TIME))
+        except queue.Empty:
+            pass
+        finally:
+            worker.close()
+
+    for _ in range(min(workers, len(cases))):
+        threading.Thread(target=work, daemon=True).start()
+    for _ in cases:
+        yield done.get()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2])

@@ -1,0 +1,188 @@
+"""Which configurations are tried for which workloads; those that spill or overflow are left out without a GPU.
+
+A candidate is a case like any other, whose call runs with its configuration forced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import pallas_kernels
+from pallas_kernels import tuning
+from pallas_kernels.checks import workloads
+from pallas_kernels.checks.case import Case
+from pallas_kernels.checks.gates import Verdict
+from pallas_kernels.tuning import Key, bucket
+
+FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "forward": {"block": (64, 96, 128, 160), "stages": (2, 3), "consumers": (2, 3)},
+    "backward": {"stages": (2, 3), "split": (False, True), "key_block": (64, 128), "v_stages": (1, 2)},
+    "decode": {"stages": (2, 4, 6), "splits": (1, 4, 8, 16, 32)},
+    "latent": {"splits": (1, 2, 4, 8, 16, 32)},
+    "backend": {"name": ("mosaic_gpu", "cudnn")},
+}
+"""Kernel -> what its configuration may say; of "backend", which one serves dense calls."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Where a kernel has a choice, and the key under which the choice is kept.
+
+    Attributes:
+      make: backend -> the case.
+    """
+
+    operation: str
+    key: Key
+    make: Callable[[str], Case]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A workload with one configuration; None: the kernel's own heuristic, which the others have to beat."""
+
+    workload: Workload
+    config: Mapping[str, Any] | None
+
+    @property
+    def case(self) -> Case:
+        """The workload's case, run so."""
+        config, key = self.config, self.workload.key
+        case = self.workload.make("mosaic_gpu")
+        begin = f"tune {key.kernel} {case.name}"
+        if config is None:
+            return dataclasses.replace(case, name=f"{begin}: heuristic", baseline=None)
+        chosen = ", ".join(f"{name} {value}" for name, value in config.items())
+        if key.kernel == "backend":
+            return dataclasses.replace(self.workload.make(config["name"]), name=f"{begin}: {chosen}", baseline=None)
+
+        def call(*arguments: Any) -> Any:
+            with tuning.forced(self.workload.operation, key.kernel, config):
+                return case.call(*arguments)
+
+        return dataclasses.replace(case, name=f"{begin}: {chosen}", call=call, baseline=None)
+
+
+def all_workloads() -> list[Workload]:
+    """What is tuned, the most telling first; backends are compared once their kernels are tuned."""
+    found = []
+    dense = list(itertools.product((16384, 2048), (128, 64, 256)))
+    for kernel, make in (("forward", workloads.forward), ("backward", workloads.backward)):
+        for tokens, width in dense:
+            key = Key(kernel, "bfloat16", width, 0, 0, bucket(tokens), 0)
+            found.append(Workload("attention", key, functools.partial(make, 2048 // width, width, True, tokens)))
+    for context, batch, dtype, page in itertools.product((32768, 4096), (1, 8, 64), ("bfloat16", "int8"), (64, 16)):
+        # Small pages are tuned where they matter most.
+        if context * batch <= 2**19 and (page == 64 or (context, batch, dtype) == (32768, 8, "bfloat16")):
+            key = Key("decode", dtype, 128, 4, page, bucket(context), bucket(batch))
+            decode = functools.partial(_decode, batch, dtype, context, page)
+            found.append(Workload("paged_attention", key, decode))
+    for batch in (1, 16):
+        key = Key("latent", "bfloat16", 576, 64, 64, 32768, bucket(batch))
+        found.append(Workload("paged_attention", key, functools.partial(_latent, batch)))
+    for tokens, width in dense:
+        key = Key("backend", "bfloat16", width, 0, 0, bucket(tokens), 0)
+        found.append(
+            Workload("attention", key, functools.partial(workloads.forward, 2048 // width, width, True, tokens))
+        )
+    return found
+
+
+def _decode(batch: int, dtype: str, context: int, page: int, backend: str) -> Case:
+    return workloads.decode(batch, dtype, context, page=page, backend=backend)
+
+
+def _latent(batch: int, backend: str) -> Case:
+    return workloads.latent(batch, 64, 32768, backend=backend)
+
+
+def all_candidates() -> list[Candidate]:
+    """Every configuration of every workload, the heuristic's first."""
+    found = []
+    for workload in all_workloads():
+        heuristic = () if workload.key.kernel == "backend" else (None,)
+        found += [Candidate(workload, config) for config in (*heuristic, *_grid(workload.key.kernel))]
+    return found
+
+
+def candidate_cases() -> list[Case]:
+    """Their cases: what a process that compiles them asks for."""
+    return [candidate.case for candidate in all_candidates()]
+
+
+def _grid(kernel: str) -> list[dict[str, Any]]:
+    fields = FIELDS[kernel]
+    return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+
+
+def fingerprint(operation: str) -> str:
+    """Changes with an operation's source, with what kernels share, and with jax: what a verdict was about."""
+    root = Path(pallas_kernels.__file__).parent
+    digest = hashlib.sha256(jax.__version__.encode())
+    for path in sorted([*(root / operation).glob("*.py"), root / "hopper.py"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclasses.dataclass
+class Pruned:
+    """Verdicts on candidates, kept in a file: those of a kernel that has changed since are forgotten."""
+
+    path: Path
+    verdicts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path.is_file():
+            self.verdicts = json.loads(self.path.read_text())
+
+    def get(self, candidate: Candidate) -> bool | None:
+        """Whether the candidate compiled without a fault; None: not known."""
+        verdict = self.verdicts.get(candidate.case.name)
+        if verdict is None or verdict["fingerprint"] != fingerprint(candidate.workload.operation):
+            return None
+        passed: bool = verdict["passed"]
+        return passed
+
+    def put(self, candidate: Candidate, verdict: Verdict) -> None:
+        """Takes in a verdict of the gate "compile", if it is one, and writes the file."""
+        if verdict.passed is None:
+            return
+        self.verdicts[verdict.case] = {
+            "passed": verdict.passed,
+            "reason": verdict.reason,
+            "fingerprint": fingerprint(candidate.workload.operation),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.verdicts, indent=1, sort_keys=True) + "\n")
+
+
+def entry(workload: Workload, config: Mapping[str, Any], seconds: float, heuristic: float | None) -> dict[str, Any]:
+    """One line of a tuning table: the fastest configuration, its time and that of the heuristic."""
+    return {
+        "key": dataclasses.asdict(workload.key),
+        "config": dict(config),
+        "seconds": seconds,
+        "heuristic_seconds": heuristic,
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def write_table(path: Path, device: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Adds entries to a table; one for the same key is replaced."""
+    held = json.loads(path.read_text())["entries"] if path.is_file() else []
+    fresh = [one["key"] for one in entries]
+    kept = [one for one in held if one["key"] not in fresh]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": device, "entries": [*kept, *entries]}, indent=1) + "\n")
+    tuning.table.cache_clear()

@@ -1,0 +1,261 @@
+"""Paged attention through Triton, for NVIDIA GPUs of compute capability 8.0 and later.
+
+One kernel serves decoding and chunks, shared rows and a row per head, keys with values inside (MLA) and codes with a
+scale per vector. A long row is split over programs (Flash-Decoding, Dao et al. 2023) and their parts are merged by XLA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import device, triton_call
+from pallas_kernels.merge import merge
+
+CODES = ("int8", "float8_e4m3fn", "float8_e5m2")
+MULTIPROCESSORS = 132
+"""Of an H100. A split is made only as far as programs are fewer than a few per multiprocessor."""
+PROGRAMS_EACH = 2
+LEAST_BLOCKS = 4
+"""Blocks a split has at least in the longest row a table can hold: each split costs a partial result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a call is cut up.
+
+    Attributes:
+      rows, slots: of a program's tile: packed queries, and slots read at once.
+      splits: programs that share one sequence's slots.
+      warps, stages: warps of a program, and blocks in flight.
+    """
+
+    rows: int
+    slots: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def unavailable() -> str | None:
+    """Why the default device cannot run these kernels, or None."""
+    return device.lacks(least=triton_call.LEAST)
+
+
+def unsupported(**call: Any) -> str | None:
+    """Why a call cannot be served whatever the device, or None."""
+    q, pools = call["q"], [call["k_pool"], call.get("v_pool")]
+    if (reason := triton_call.absent()) is not None:
+        return reason
+    if q.dtype.name not in triton_call.DTYPES:
+        return f"queries must be one of {', '.join(triton_call.DTYPES)}, got {q.dtype.name}"
+    for name, pool in zip("kv", pools, strict=True):
+        if pool is None:
+            continue
+        scale = call.get(f"{name}_scale")
+        if scale is None and pool.dtype.name not in triton_call.DTYPES:
+            return f"a {name}_pool of {pool.dtype.name} needs a scale per vector"
+        if scale is not None and (scale.ndim != 4 or call.get(f"{name}_min") is not None):
+            return f"{name}_scale must be one number per vector, got shape {scale.shape}"
+        if scale is not None and pool.dtype.name not in CODES:
+            return f"codes must be one of {', '.join(CODES)}, got {pool.dtype.name}"
+        if pool.dtype.name.startswith("float8") and triton_call.target() < 89:
+            return f"{pool.dtype.name} needs compute capability 8.9 or later"
+        if pool.shape[-1] % 16 or not 16 <= pool.shape[-1] <= 640:
+            return f"widths must be multiples of 16 up to 640, got {pool.shape[-1]}"
+    if call.get("value_dim") is not None and call["value_dim"] > 512:
+        return f"values must be 512 wide at most, got {call['value_dim']}"
+    return None
+
+
+def tiles(
+    rows: int, programs: int, slots: int, width: int, slot_bytes: int, coded: bool, memory: int = 232448
+) -> Tiles:
+    """What is used where nothing was measured: what keeps keys in flight and spills no register on an H100.
+
+    Args:
+      rows: packed queries of one KV head. programs: B * K. slots: of the longest row. width: of keys or values, the
+        wider. slot_bytes: of a key and a value in the queries' dtype. coded: the pool holds codes, whose conversion
+        takes registers. memory: bytes of shared memory that a program may have.
+    """
+    least = triton_call.power_of_two(rows)
+    if width > 256:
+        shape = (min(least, 32), 32, 8, 2 if coded else 3)
+    elif width > 128:
+        shape = (16, 32, 4, 4) if least <= 16 else (min(least, 32), 32, 8, 2) if coded else (min(least, 64), 64, 8, 2)
+    elif least <= 32:
+        shape = (least, 64, 8 if coded or least > 16 else 4, 4)
+    else:
+        shape = (min(least, 128), 32 if coded else 64, 8 if least > 64 else 4, 3)
+    block_m, block_n, warps, stages = shape
+    while stages > 2 and stages * block_n * slot_bytes + 2 * block_m * width > memory:
+        stages -= 1
+    while block_n > 16 and stages * block_n * slot_bytes + 2 * block_m * width > memory:
+        block_n //= 2
+    wanted = -(-MULTIPROCESSORS * PROGRAMS_EACH // (programs * -(-rows // block_m)))
+    splits = max(min(wanted, -(-slots // block_n) // LEAST_BLOCKS), 1)
+    return Tiles(block_m, block_n, splits, warps, stages)
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array | None,
+    block_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    layer: jax.Array,
+    positions: jax.Array | None,
+    q_positions: jax.Array,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    scale: float,
+    value_dim: int | None,
+    k_scale: jax.Array | None,
+    k_min: jax.Array | None = None,
+    v_scale: jax.Array | None,
+    v_min: jax.Array | None = None,
+    cut: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.paged_attention`. cut: how the call is cut up, None for a rule of thumb."""
+    from pallas_kernels.paged_attention.triton_kernel import paged_attention_kernel
+
+    batch, tokens, heads, width = q.shape
+    shape = _shape(q, k_pool, block_table)
+    kv_heads = heads // shape["GROUP"]
+    value = v_pool.shape[-1] if v_pool is not None else value_dim
+    assert value is not None
+    values, v_scale = (k_pool, k_scale) if v_pool is None else (v_pool, v_scale)
+    if cut is None:
+        cut = tiles(
+            rows=tokens * shape["GROUP"],
+            programs=batch * kv_heads,
+            slots=shape["ENTRIES"] * shape["PAGE"],
+            width=max(width, value),
+            slot_bytes=2 * (width + (0 if v_pool is None else value)),
+            coded=k_scale is not None or v_scale is not None,
+            memory=triton_call.shared_memory(),
+        )
+    out_dtype = q.dtype if cut.splits == 1 else jnp.dtype(jnp.float32)
+    outs, lses = triton_call.launch(
+        paged_attention_kernel,
+        # A parameter that a call does not need gets any array.
+        [
+            q,
+            k_pool,
+            values,
+            *_ints(block_table, lengths, layer),
+            *_ints(lengths if positions is None else positions, q_positions, _or(window, lengths)),
+            lengths if k_scale is None else k_scale,
+            lengths if v_scale is None else v_scale,
+        ],
+        [
+            jax.ShapeDtypeStruct((cut.splits, batch, tokens, heads, value), out_dtype),
+            jax.ShapeDtypeStruct((cut.splits, batch, tokens, heads), jnp.float32),
+        ],
+        (-(-tokens * shape["GROUP"] // cut.rows) * cut.splits, kv_heads, batch),
+        warps=cut.warps,
+        stages=cut.stages,
+        BATCH=batch,
+        **shape,
+        VALUE=value,
+        VALUE_BLOCK=triton_call.power_of_two(value),
+        VALUE_STRIDE=values.shape[-1],
+        VALUE_IN_KEY=v_pool is None and value == shape["MAIN"],
+        SCALE=float(scale),
+        SOFT_CAP=None if soft_cap is None else float(soft_cap),
+        WINDOWED=window is not None,
+        POSITIONED=positions is not None,
+        K_SCALED=k_scale is not None,
+        V_SCALED=v_scale is not None,
+        SPLITS=cut.splits,
+        BLOCK_M=cut.rows,
+        BLOCK_N=cut.slots,
+    )
+    if cut.splits == 1:
+        return outs[0], lses[0]
+    out, lse = merge(outs, lses)
+    return out.astype(q.dtype), lse
+
+
+def paged_weights(
+    q: jax.Array,
+    k_pool: jax.Array,
+    block_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    lse: jax.Array,
+    row_weights: jax.Array,
+    layer: jax.Array,
+    positions: jax.Array | None,
+    q_positions: jax.Array,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    scale: float,
+    k_scale: jax.Array | None,
+    k_min: jax.Array | None = None,
+) -> jax.Array:
+    """See `api.paged_weights`. A program holds a block of slots and goes over all rows: no two add to one number."""
+    from pallas_kernels.paged_attention.triton_kernel import paged_weights_kernel
+
+    batch, tokens, heads, width = q.shape
+    shape = _shape(q, k_pool, block_table)
+    kv_heads, slots = heads // shape["GROUP"], shape["ENTRIES"] * shape["PAGE"]
+    block_m = min(64 if width <= 128 else 32, triton_call.power_of_two(tokens * shape["GROUP"]))
+    block_n = 64 if width <= 256 else 32
+    (mass,) = triton_call.launch(
+        paged_weights_kernel,
+        [
+            q,
+            k_pool,
+            *_ints(block_table, lengths, layer),
+            *_ints(lengths if positions is None else positions, q_positions, _or(window, lengths)),
+            lengths if k_scale is None else k_scale,
+            lse.astype(jnp.float32),
+            row_weights.astype(jnp.float32),
+        ],
+        [jax.ShapeDtypeStruct((batch, kv_heads, slots), jnp.float32)],
+        (-(-slots // block_n), kv_heads, batch),
+        warps=4,
+        stages=2,
+        **shape,
+        SCALE=float(scale),
+        SOFT_CAP=None if soft_cap is None else float(soft_cap),
+        WINDOWED=window is not None,
+        POSITIONED=positions is not None,
+        K_SCALED=k_scale is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+    )
+    return mass
+
+
+def _shape(q: jax.Array, k_pool: jax.Array, block_table: jax.Array) -> dict[str, int]:
+    """What both kernels know of their arguments' shapes."""
+    tokens, heads, width = q.shape[1:]
+    layers, page_heads, page = k_pool.shape[1:4]
+    main, rest = triton_call.two_parts(width)
+    return dict(
+        TOKENS=tokens,
+        HEADS=heads,
+        GROUP=heads // max(block_table.shape[1], page_heads),
+        ROWS=block_table.shape[1],
+        ENTRIES=block_table.shape[2],
+        LAYERS=layers,
+        PAGE_HEADS=page_heads,
+        PAGE=page,
+        WIDTH=width,
+        MAIN=main,
+        REST=rest,
+    )
+
+
+def _or(window: jax.Array | int | None, other: jax.Array) -> jax.Array:
+    return other if window is None else jnp.asarray(window).reshape(1)
+
+
+def _ints(*arrays: jax.Array) -> list[jax.Array]:
+    return [array.astype(jnp.int32) for array in arrays]

@@ -1,0 +1,1 @@
+"""Attention of sequences that share the pages of a prefix."""
