@@ -6,6 +6,7 @@ Neither package need be installed: nothing is imported before a kernel is launch
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -27,14 +28,24 @@ CAPABILITIES = {"A100": 80, "A30": 80, "A40": 86, "A10": 86, "L40": 89, "L4": 89
 def absent() -> str | None:
     """Why no Triton kernel can be made at all, or None."""
     lacking = [name for name in ("jax_triton", "triton") if not _installed(name)]
-    if not lacking:
-        return None
-    return f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed"
+    if lacking:
+        return f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed"
+    return _import_error()
 
 
 @functools.cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _import_error() -> str | None:
+    """jax-triton refuses to be imported where jax has no plugin for a GPU, even to lower for one that is elsewhere."""
+    try:
+        importlib.import_module("jax_triton")
+    except ImportError as error:
+        return f"jax_triton cannot be imported: {str(error).splitlines()[0]}"
+    return None
 
 
 def target() -> int:

@@ -344,6 +344,7 @@ def test_names_of_candidates_and_of_cases_are_unique() -> None:
     assert not [reason for reason in absent.values() if reason.startswith("broken")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [case for case in collect.every_case() if gates.applies("lower", case) is None], ids=lambda case: case.name
 )
