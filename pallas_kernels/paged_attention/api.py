@@ -51,7 +51,8 @@ def paged_attention(
       q_positions: int32[B, T], -1 is padding; None: the last T positions before `lengths`.
       window: a query sees positions less than this far back, its own included.
       k_scale, k_min, v_scale, v_min: the codec's scales, per vector float32[P, layers, heads, page] or grouped
-        float16[P, layers, heads, page, D / group] with minima.
+        float16[P, layers, heads, page, D / group] with minima, or per channel of a whole page (of more than one slot)
+        float16[P, layers, heads, 1, D] with minima.
 
     Returns:
       out [B, T, H, Dv] in q's dtype; lse float32[B, T, H], natural log. A query that sees nothing gets 0 and -inf.

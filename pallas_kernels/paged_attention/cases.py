@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -62,7 +62,7 @@ SMALL_WEIGHTS = {
 }
 
 
-def _decode(batch: int = 8, page: int = PAGE, **changes: object) -> Shape:
+def _decode(batch: int = 8, page: int = PAGE, **changes: Any) -> Shape:
     return replace(Shape(batch=batch, page=page, entries=CONTEXT // page), **changes)
 
 

@@ -8,7 +8,7 @@ may hold more than 2^31 elements.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -123,7 +123,7 @@ def work(plan: Plan, given: Mapping[str, Any]) -> Work:
     return Work(batch, head, tile, split, pages, first, steps, given["limit"][batch, row])
 
 
-def staging(plan: Plan, names: Mapping[str, Any], widths: Mapping[str, int], stored: Any) -> dict[str, Any]:
+def staging(plan: Plan, names: Collection[str], widths: Mapping[str, int], stored: Any) -> dict[str, Any]:
     """Shared memory and barriers for what of "k", "v", their scales and "positions" is among `names`."""
     sharers = 1 if plan.share == "blocks" else plan.consumers
     scratch: dict[str, Any] = {}

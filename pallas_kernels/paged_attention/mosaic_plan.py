@@ -60,6 +60,11 @@ class Plan:
         return self.splits * (self.consumers if self.share == "blocks" else 1)
 
     @property
+    def finished(self) -> bool:
+        """Whether the kernel's result is final, and goes out in the queries' dtype by way of their place."""
+        return self.share == "rows" and self.splits == 1 and self.width == self.value_width
+
+    @property
     def columns(self) -> int:
         """Value columns of one consumer."""
         return self.value_width // (self.consumers if self.share == "columns" else 1)

@@ -35,7 +35,7 @@ def read(plan: Plan, scoring: Scoring, operands: dict[str, jax.Array], dtype: An
         "holes" int32[B, K or 1, blocks] (whether a block has positions of -1), "k_scale", "v_scale" (pools).
 
     Returns:
-      out [parts, B, K, tiles * rows, Dv], in `dtype` if there is one part, else float32; lse float32[parts, B, K,
+      out [parts, B, K, tiles * rows, Dv], float32, or where `plan.finished` in `dtype`; lse float32[parts, B, K,
       tiles * held_rows].
     """
     batch, kv_heads = operands["q"].shape[:2]
@@ -47,7 +47,7 @@ def read(plan: Plan, scoring: Scoring, operands: dict[str, jax.Array], dtype: An
         out_type=(
             jax.ShapeDtypeStruct(
                 (plan.parts, batch, kv_heads, plan.tiles * plan.rows, plan.value_width),
-                dtype if plan.parts == 1 else jnp.float32,
+                dtype if plan.finished else jnp.float32,
             ),
             jax.ShapeDtypeStruct((plan.parts, batch, kv_heads, plan.tiles * plan.held_rows), jnp.float32),
         ),
@@ -70,7 +70,7 @@ def _scratch(plan: Plan, names: tuple[str, ...], compute: Any, stored: Any, dtyp
     if stored != compute:
         scratch["converted"] = hopper.tiles((plan.consumers, BLOCK, max(widths.values())), compute)
     if plan.rows < ROWS:
-        scratch["out"] = hopper.tiles((plan.consumers, ROWS, BLOCK), dtype if plan.parts == 1 else jnp.float32)
+        scratch["out"] = hopper.tiles((plan.consumers, ROWS, BLOCK), jnp.float32)
     return scratch
 
 
@@ -238,14 +238,20 @@ class _Consumer:
 
         # Consumers with a part of the columns each know the same log-sum-exp.
         pl.when(me == 0)(keep) if plan.share == "columns" else keep()
-        if plan.rows >= ROWS:
+        if plan.rows >= ROWS and not plan.finished:
+            # From registers: numbers of 32 bits fill whole sectors of memory.
             begin = me * plan.columns if plan.share == "columns" else 0
-            out[(*to, pl.ds(self.first_row, ROWS), pl.ds(begin, plan.columns))] = values.astype(out.dtype)
+            out[(*to, pl.ds(self.first_row, ROWS), pl.ds(begin, plan.columns))] = values
             return
-        staged = self.smem["out"].at[me]
-        for begin in range(0, plan.columns, BLOCK):
-            staged[...] = values[:, begin : begin + BLOCK].astype(out.dtype)
+        first: Any
+        if plan.finished:
+            # The consumer's own queries have been read for the last time, and leave room.
+            staged, first, rows, step = self.smem["q"].at[me], self.first_row, ROWS, plan.columns
+        else:
+            staged, first, rows, step = self.smem["out"].at[me], 0, plan.rows, BLOCK
+        for begin in range(0, plan.columns, step):
+            staged[...] = values[:, begin : begin + step].astype(out.dtype)
             plgpu.commit_smem()
-            target = out.at[(*to, pl.ds(0, plan.rows), pl.ds(begin, BLOCK))]
-            plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, plan.rows)], target)
+            target = out.at[(*to, pl.ds(first, rows), pl.ds(begin, step))]
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, rows)], target)
             plgpu.wait_smem_to_gmem(0)

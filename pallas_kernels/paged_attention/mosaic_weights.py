@@ -139,5 +139,5 @@ class _Consumer:
                 tile = tile.astype(jnp.float32)
             tile = plgpu.layout_cast(tile.astype(queries.dtype), plgpu.Layout.WGMMA)
             part = queries.at[:, columns].transpose((1, 0))
-            products = hopper.accumulate(lambda acc, a=tile, b=part: hopper.matmul_into(acc, a, b), products)
+            products = hopper.accumulate(functools.partial(hopper.matmul_into, a=tile, b=part), products)
         return products

@@ -52,9 +52,14 @@ def dequantised(
     steps = gather(scale, table, layer).astype(jnp.float32)
     if steps.ndim == 3:
         return (codes.astype(jnp.float32) * steps[..., None]).astype(dtype)
+    low = None if minimum is None else gather(minimum, table, layer).astype(jnp.float32)
+    if scale.shape[3] != pool.shape[3]:
+        by_page = codes.astype(jnp.float32).reshape(*steps.shape[:3], -1, codes.shape[-1]) * steps[:, :, :, None]
+        by_page = by_page if low is None else by_page + low[:, :, :, None]
+        return by_page.reshape(codes.shape).astype(dtype)
     grouped = codes.astype(jnp.float32).reshape(*steps.shape, -1) * steps[..., None]
-    if minimum is not None:
-        grouped = grouped + gather(minimum, table, layer).astype(jnp.float32)[..., None]
+    if low is not None:
+        grouped = grouped + low[..., None]
     return grouped.reshape(codes.shape).astype(dtype)
 
 

@@ -152,6 +152,15 @@ def test_renumbering_pages_and_clearing_unused_slots_change_no_bit() -> None:
 
 
 @can_interpret
+def test_a_chunk_longer_than_its_rows_is_right_in_one_share() -> None:
+    q = jnp.asarray(np.random.default_rng(3).normal(size=(len(LENGTHS), 40, 4, 64)), jnp.bfloat16)
+    batch = dataclasses.replace(make(), q=q)
+    (out, lse), (expected, expected_lse) = batch.run(config={"splits": 1}), batch.expected()
+    assert relative_error(out, expected) < TOLERANCES["bfloat16"]
+    assert absolute_error(lse, expected_lse) < LSE_TOLERANCE
+
+
+@can_interpret
 def test_a_page_that_a_table_lacks_is_skipped() -> None:
     batch = make()
     whole = dataclasses.replace(batch, table=batch.table.at[0, 0, 3].set(-1).at[1, 0, 0].set(-1))
