@@ -140,7 +140,9 @@ def run(
 
     def work() -> None:
         # Without a GPU in sight, so that one at work is left alone; nothing from an earlier run.
-        environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        # Interpreted warpgroups are threads that wait for one another, each on a thread of XLA's, of which there would be
+        # one per core.
+        environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "NPROC": "16"}
         worker = Process("pallas_kernels.checks.gates", gate, source, environment=environment)
         try:
             while True:
