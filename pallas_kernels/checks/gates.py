@@ -140,8 +140,8 @@ def run(
 
     def work() -> None:
         # Without a GPU in sight, so that one at work is left alone; nothing from an earlier run.
-        # Interpreted warpgroups are threads that wait for one another, each on a thread of XLA's, of which there would be
-        # one per core.
+        # Interpreted warpgroups are threads that wait for one another, each on a thread of XLA's: one per core would be
+        # too few.
         environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "NPROC": "16"}
         worker = Process("pallas_kernels.checks.gates", gate, source, environment=environment)
         try:
