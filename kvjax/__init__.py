@@ -6,11 +6,12 @@ immutable pytree, so methods compose under one `jax.jit`.
 
 from kvjax import errors
 from kvjax.attention.protocol import Attend
-from kvjax.cache import codecs, policies
+from kvjax.cache import codecs, policies, selects
 from kvjax.cache.codecs import Codec
 from kvjax.cache.config import CacheConfig
 from kvjax.cache.layout import KVSpec
 from kvjax.cache.policies import Policy
+from kvjax.cache.selects import Select
 from kvjax.chat import chat_prompt, render_chat
 from kvjax.checkpoint import load, save
 from kvjax.config import MeshConfig, ModelConfig, RopeScaling, Sampling
@@ -41,6 +42,7 @@ __all__ = [
     "ProcessorContext",
     "RopeScaling",
     "Sampling",
+    "Select",
     "State",
     "Stats",
     "Stream",
@@ -60,6 +62,7 @@ __all__ = [
     "sampling_defaults",
     "save",
     "score",
+    "selects",
     "stream",
     "warmup",
     "with_encoder",

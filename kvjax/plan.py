@@ -29,6 +29,7 @@ class Plan:
       total_bytes: bytes of the pages in use, the last page of each row rounded up.
       pool_bytes: bytes `kvjax.generate` allocates for such a call: sizes that nobody fixed round up to powers of two.
       recurrent_bytes: bytes of what layers without keys and values remember, whatever the context.
+      read_bytes: bytes that one step's attention reads for all sequences at this context (`GroupLayout.bytes_read`).
       context_bytes_per_token: bytes one token of an encoded context takes for all layers together; 0: no encoder. No
         context is counted above.
       layouts: the groups themselves.
@@ -43,12 +44,15 @@ class Plan:
     total_bytes: int
     pool_bytes: int
     recurrent_bytes: int
+    read_bytes: int
     context_bytes_per_token: int
     layouts: tuple[GroupLayout, ...] = dataclasses.field(repr=False)
 
     def bytes_at(self, tokens: int) -> int:
         """Bytes of the pages that `batch` sequences of `tokens` tokens each use."""
-        return self.batch * sum(layout.pages_per_sequence(tokens) * layout.page_bytes for layout in self.layouts)
+        return self.batch * sum(
+            layout.pages_per_sequence(tokens) * layout.page_bytes + layout.tail_bytes for layout in self.layouts
+        )
 
     def tokens_that_fit(self, memory_bytes: int) -> int | float:
         """The longest context at which `batch` sequences fit; infinity if all do, as in a bounded cache."""
@@ -96,7 +100,7 @@ def plan(
     layouts = group_layers(spec, windows, cache, dtype or own)
     pages = tuple(batch * layout.pages_per_sequence(context) for layout in layouts)
     per_layer = {
-        layer: count * layout.page_bytes // len(layout.layers)
+        layer: (count * layout.page_bytes + batch * layout.tail_bytes) // len(layout.layers)
         for layout, count in zip(layouts, pages, strict=True)
         for layer in layout.layers
     }
@@ -111,8 +115,12 @@ def plan(
         bytes_per_layer=tuple(per_layer[layer] for layer in sorted(per_layer)),
         pages=pages,
         total_bytes=sum(per_layer.values()),
-        pool_bytes=sum(count * layout.page_bytes for layout, (_, count) in zip(layouts, pools, strict=True)),
+        pool_bytes=sum(
+            count * layout.page_bytes + power_of_two(batch) * layout.tail_bytes
+            for layout, (_, count) in zip(layouts, pools, strict=True)
+        ),
         recurrent_bytes=4 * batch * states,
+        read_bytes=batch * sum(layout.bytes_read(context) for layout in layouts),
         context_bytes_per_token=beside,
         layouts=layouts,
     )

@@ -9,12 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention.context import cross_paged
-from kvjax.attention.partial import attend_among, attend_over, covered, merged, turned
+from kvjax.attention.partial import attend_among, attend_over, covered, fanned, gathered, merged, turned
+from kvjax.attention.selected import selected
 from kvjax.cache.codecs import Encoded
-from kvjax.cache.policies.protocol import Read
+from kvjax.cache.codecs.waiting import waits
+from kvjax.cache.page_state import store
+from kvjax.cache.policies.optional import Attended, arrivals, observes_steps
+from kvjax.cache.policies.optional import observe as observe_weights
+from kvjax.cache.policies.protocol import EMPTY, Read
 from kvjax.cache.state import Cache, Group, with_victims
+from kvjax.cache.tail import coded, newest, put_exact, settled
 from kvjax.cache.write import layer_rows, place, place_in_page, update_layer_rows
-from kvjax.cache.write import write as store
 from kvjax.typing import Held, Rotate, Scoring
 from pallas_kernels import paged_attention, paged_weights
 
@@ -63,9 +68,11 @@ class PagedAttend:
 
     Attributes:
       backend: which kernel, None for the best that can serve.
+      prompt: the tokens are a prompt's, which reads everything whatever the select, even where they come one by one.
     """
 
     backend: str | None = None
+    prompt: bool = False
     latent: ClassVar[bool] = True
 
     def begin(self, cache: Cache, tokens: jax.Array, positions: jax.Array) -> Step:
@@ -74,10 +81,13 @@ class PagedAttend:
         groups, slots, before = [], [], []
         for group in cache.groups:
             policy = group.layout.policy
-            if chunk and policy.observes:
-                raise ValueError(f"{policy!r} takes one token a step once its prompt is in, got {positions.shape[1]}")
+            if chunk and (observes_steps(policy) or waits(group.layout.codec)):
+                raise ValueError(
+                    f"{policy!r} with {group.layout.codec!r} takes one token a step once its prompt is in, "
+                    f"got {positions.shape[1]}"
+                )
             landing = policy.slots(group.length, group.victim, cache.seen, positions)
-            groups.append(place(group, landing, positions))
+            groups.append(place(group, landing, positions, arrivals(policy, tokens)))
             slots.append(landing)
             before.append((group.position, group.length) if chunk and not policy.append_only else None)
         seen = cache.seen + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
@@ -180,8 +190,11 @@ class PagedAttend:
         call = _Call(index, q, positions, rotate, scoring)
         if before is None:
             if write:
-                group = store(group, index, layer_rows(group, cache.slots[number], index), key, value)
+                keep = put_exact if waits(codec) else store
+                group = keep(group, index, layer_rows(group, cache.slots[number], index), key, value)
             out, group = self._read(group, call, cache.active, observe=write)
+            if waits(codec) and isinstance(layer, int):
+                order = order + after(jnp.zeros((), jnp.int32), out)
         else:
             out = self._read_then_self(group, before, call, key, value)
             slots = pending[layer][2] if not write else layer_rows(group, cache.slots[number], index)
@@ -200,35 +213,89 @@ class PagedAttend:
         for layer, (key, value, slots) in cache.pending.items():
             number, index = cache.cache.locate(layer)
             groups[number] = store(groups[number], index, slots + cache.order, key, value)
+        for number, group in enumerate(groups):
+            if waits(group.layout.codec):
+                groups[number] = settled(group, cache.active, cache.order)
         return with_victims(dataclasses.replace(cache.cache, groups=tuple(groups)))
 
     def _read(self, group: Group, call: _Call, active: jax.Array, observe: bool) -> tuple[jax.Array, Group]:
         """Attention over what is held, the new tokens included; scores follow where the policy wants them."""
         layout, index = group.layout, call.index
         reads = layout.policy.reads(layout.window)
-        parts = [self._partial(group, group.position, group.length, read, call) for read in reads]
+        few = None
+        if waits(layout.codec):
+            parts = self._with_tail(group, reads[0], call)
+        elif self._selects(group, call):
+            turned_q, (read,) = call.rotate(call.q, call.positions), reads
+            few = selected(group, index, turned_q, call.positions, read.window)
+            parts = [few.attend(turned_q, call.positions, call.scoring.soft_cap, self.backend)]
+        else:
+            parts = [self._partial(group, group.position, group.length, read, call) for read in reads]
         out, lse = merged(parts, call.scoring.sinks)
-        if not (layout.policy.observes and observe):
+        out = out if few is None else few.completed(out)
+        if not (observes_steps(layout.policy) and observe):
             return out, group
-        weights = paged_weights(
-            call.rotate(call.q, call.positions),
-            group.k.values,
-            *_rows(group, group.length, index),
-            lse=lse,
-            row_weights=jnp.ones(call.positions.shape, jnp.float32),
-            layer=place_in_page(group, index),
-            positions=_by_row(layer_rows(group, group.position, index)),
-            q_positions=call.positions,
-            window=layout.window,
-            soft_cap=call.scoring.soft_cap,
-            k_scale=group.k.scale,
-            k_min=group.k.minimum,
-            backend=self.backend,
-        )
+        places = layer_rows(group, group.position, index)
+        if few is not None:
+            weights = few.weights(turned_q, call.positions, lse, call.scoring.soft_cap, self.backend)
+            places = few.read_positions(places)
+        else:
+            weights = paged_weights(
+                call.rotate(call.q, call.positions),
+                group.k.values,
+                *_rows(group, group.length, index),
+                lse=lse,
+                row_weights=jnp.ones(call.positions.shape, jnp.float32),
+                layer=place_in_page(group, index),
+                positions=_by_row(places),
+                q_positions=call.positions,
+                window=layout.window,
+                soft_cap=call.scoring.soft_cap,
+                k_scale=group.k.scale,
+                k_min=group.k.minimum,
+                backend=self.backend,
+            )
         held = jax.tree.map(lambda state: layer_rows(group, state, index), group.row_state)
-        seen = layout.policy.observe(held, jnp.moveaxis(weights, 1, 0), active)
+        attended = Attended(
+            places if layout.window is None else jnp.where(places > call.positions - layout.window, places, EMPTY),
+            call.q.shape[2] // layout.spec.kv_heads,
+        )
+        seen = observe_weights(layout.policy, held, jnp.moveaxis(weights, 1, 0), active, attended)
         state = jax.tree.map(lambda old, new: update_layer_rows(group, old, new, index), group.row_state, seen)
         return after(out, weights), dataclasses.replace(group, row_state=state)
+
+    def _with_tail(self, group: Group, read: Read, call: _Call) -> list[tuple[jax.Array, jax.Array]]:
+        """What is coded, from the pages; and the newest tokens, as if each head of a sequence had a page of them."""
+        keys, values, position = newest(group, call.index, call.q.dtype)
+        before = coded(group, group.length - 1)[1]
+        paged = self._partial(group, group.position, before, read, call)
+
+        def by_head(x: jax.Array) -> jax.Array:
+            """[B, ring, K, D] -> [B * K, 1, 1, ring, D]."""
+            return jnp.moveaxis(x, 2, 1).reshape(-1, 1, 1, x.shape[1], x.shape[3])
+
+        table = jnp.arange(position.shape[0] * position.shape[1]).reshape(*position.shape[:2], 1)
+        exact = paged_attention(
+            call.rotate(call.q, call.positions),
+            by_head(keys),
+            None if values is None else by_head(values),
+            table,
+            jnp.full(position.shape[:2], position.shape[2]),
+            layer=jnp.zeros(1, jnp.int32),
+            positions=position,
+            q_positions=call.positions,
+            window=read.window,
+            soft_cap=call.scoring.soft_cap,
+            value_dim=group.layout.spec.value_dim if values is None else None,
+            backend=self.backend,
+        )
+        return [paged, exact]
+
+    def _selects(self, group: Group, call: _Call) -> bool:
+        """Whether this is a step of which a select leaves something unread."""
+        select, pages = group.layout.select, group.table.shape[2]
+        step = call.positions.shape[1] == 1 and not self.prompt
+        return select is not None and step and not select.covers(pages, group.layout.page_size)
 
     def _read_then_self(
         self, group: Group, before: tuple[jax.Array, jax.Array], call: _Call, key: Encoded, value: Encoded | None
@@ -254,16 +321,21 @@ class PagedAttend:
             pages = min(-(-read.slots // layout.page_size), table.shape[2])
             table, places = table[..., :pages], places[..., : pages * layout.page_size]
         simple = layout.policy.in_order and read.first == 0 and read.last is None
-        return paged_attention(
-            call.rotate(call.q, turned(call.positions, read)),
+        fan = read.lag is not None
+        if fan:
+            queries, sees = fanned(call.q, call.positions, read, call.rotate)
+        else:
+            queries, sees = call.rotate(call.q, turned(call.positions, read)), call.positions
+        out, lse = paged_attention(
+            queries,
             group.k.values,
             None if group.v is None else group.v.values,
             table,
             lengths,
             layer=place_in_page(group, index),
             positions=None if simple else covered(places, read),
-            q_positions=call.positions,
-            window=read.window,
+            q_positions=sees,
+            window=1 if fan else read.window,
             soft_cap=call.scoring.soft_cap,
             value_dim=layout.spec.value_dim if group.v is None else None,
             k_scale=group.k.scale,
@@ -272,6 +344,7 @@ class PagedAttend:
             v_min=None if group.v is None else group.v.minimum,
             backend=self.backend,
         )
+        return gathered(out, lse, call.q.shape[1]) if fan else (out, lse)
 
 
 def after(value: jax.Array, result: jax.Array) -> jax.Array:

@@ -25,6 +25,26 @@ def turned(positions: jax.Array, read: Read) -> jax.Array:
     return positions if read.turn is None else jnp.minimum(positions, read.turn)
 
 
+def fanned(q: jax.Array, positions: jax.Array, read: Read, rotate: Rotate) -> tuple[jax.Array, jax.Array]:
+    """A query for each token that a read with a `lag` covers: q [B,T,H,D] -> rotated [B,T*n,H,D], int32[B,T*n].
+
+    The integers are the position of the one token that each is to see (with a window of 1), -1 for none. Turning
+    queries, not keys, leaves keys as they are stored, and is exact whatever `rotate` does beside turning.
+    """
+    assert read.last is not None
+    assert read.lag is not None
+    covers = jnp.arange(read.first, read.last)
+    turns = jnp.minimum(positions[..., None], covers + read.lag).reshape(positions.shape[0], -1)
+    sees = jnp.where(positions[..., None] >= covers, covers, EMPTY).reshape(turns.shape)
+    return rotate(jnp.repeat(q, covers.size, axis=1), turns), sees
+
+
+def gathered(out: jax.Array, lse: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """What the queries of `fanned` found, [B,T*n,H,...], as one partial result of `tokens` tokens, [B,T,H,...]."""
+    apart = (jnp.moveaxis(x.reshape(x.shape[0], tokens, -1, *x.shape[2:]), 2, 0) for x in (out, lse))
+    return merge(*apart)
+
+
 def attend_among(
     q: jax.Array,
     k: jax.Array,
@@ -38,23 +58,31 @@ def attend_among(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention of unrotated q [B,T,H,D] to rotated k, v [B,S,K,*] under a policy's reads.
 
-    positions int32[B, S] and q_positions int32[B, T]: -1 is padding. Returns out [B,T,H,Dv], lse float32[B,T,H].
+    positions int32[B, S], ascending, and q_positions int32[B, T]: -1 is padding. Returns out [B,T,H,Dv], lse
+    float32[B,T,H].
     """
-    parts = [
-        attention(
-            rotate(q, turned(q_positions, read)),
-            k,
-            v,
+
+    def part(read: Read) -> tuple[jax.Array, jax.Array]:
+        # In order, no token lies behind the column of its position, so what is held in few slots is in few columns.
+        columns = slice(read.slots)
+        fan = read.lag is not None
+        queries, sees = (
+            fanned(q, q_positions, read, rotate) if fan else (rotate(q, turned(q_positions, read)), q_positions)
+        )
+        out, lse = attention(
+            queries,
+            k[:, columns],
+            v[:, columns],
             causal=True,
-            window=read.window,
-            positions=covered(positions, read),
-            q_positions=q_positions,
+            window=1 if fan else read.window,
+            positions=covered(positions[:, columns], read),
+            q_positions=sees,
             soft_cap=soft_cap,
             backend=backend,
         )
-        for read in reads
-    ]
-    return merged(parts)
+        return gathered(out, lse, q.shape[1]) if fan else (out, lse)
+
+    return merged([part(read) for read in reads])
 
 
 def attend_over(

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 
 from kvjax.attention.context import cross_paged
 from kvjax.attention.partial import attend_among, merged
+from kvjax.attention.tally import tallied
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.layout import GroupLayout
+from kvjax.cache.policies.optional import blank_tally
+from kvjax.cache.policies.protocol import RowState
 from kvjax.cache.state import Group
 from kvjax.typing import Rotate, Scoring
 from pallas_kernels import attention_weights
@@ -24,22 +27,32 @@ class Scratch:
 
     Attributes:
       k, v: encoded as the cache will hold them, leaves [B, T, K, ...]; v None: the value lies in the key.
-      weights: float32[B, K, T], the attention mass each token has received from the rows the policy counts.
+      weights: float32[B, K, T], the attention mass each token has received from the rows the policy counts; or the
+        policy's own tally, name -> [K, B, T, ...].
       lengths: int32[B], prompt lengths. offset: int32[], where this chunk starts.
       context: the cache's pages of encoded context, to be read only.
+      columns: int32[B, T], where the tokens stand, -1 is padding; None: side by side from 0 on.
     """
 
     k: Encoded
     v: Encoded | None
-    weights: jax.Array
+    weights: jax.Array | RowState
     lengths: jax.Array
     offset: jax.Array
     context: tuple[Group, ...] = ()
+    columns: jax.Array | None = None
 
 
-def empty_scratch(layout: GroupLayout, lengths: jax.Array, tokens: int, context: tuple[Group, ...] = ()) -> Scratch:
+def empty_scratch(
+    layout: GroupLayout,
+    lengths: jax.Array,
+    tokens: int,
+    context: tuple[Group, ...] = (),
+    columns: jax.Array | None = None,
+) -> Scratch:
     """Scratch for prompts of up to `tokens` tokens."""
     batch = lengths.shape[0]
+    tally = blank_tally(layout.policy, layout.spec.kv_heads, batch, tokens)
 
     def blank(width: int) -> Encoded:
         shape = jax.ShapeDtypeStruct((batch, tokens, layout.spec.kv_heads, width), layout.dtype)
@@ -48,10 +61,11 @@ def empty_scratch(layout: GroupLayout, lengths: jax.Array, tokens: int, context:
     return Scratch(
         k=blank(layout.spec.key_dim),
         v=None if layout.spec.value_in_key else blank(layout.spec.value_dim),
-        weights=jnp.zeros((batch, layout.spec.kv_heads, tokens), jnp.float32),
+        weights=jnp.zeros((batch, layout.spec.kv_heads, tokens), jnp.float32) if tally is None else tally,
         lengths=lengths,
         offset=jnp.zeros((), jnp.int32),
         context=context,
+        columns=columns,
     )
 
 
@@ -93,12 +107,27 @@ class ScratchAttend:
         keys = codec.decode(key, q.dtype)
         values = keys[..., : self.layout.spec.value_dim] if value is None else codec.decode(value, q.dtype)
         order = jnp.arange(keys.shape[1])
-        held = jnp.where(order < cache.lengths[:, None], order, -1)
+        held = jnp.where(order < cache.lengths[:, None], order, -1) if cache.columns is None else cache.columns
         reads = policy.reads(self.layout.window)
         part = attend_among(q, keys, values, held, positions, reads, rotate, scoring.soft_cap, self.backend)
         out, lse = merged([part], scoring.sinks)
         weights = cache.weights
-        if policy.observes and write:
+        if not (policy.observes and write):
+            pass
+        elif isinstance(weights, dict):
+            weights = tallied(
+                policy,
+                weights,
+                rotate(q, positions),
+                keys,
+                lse,
+                positions,
+                held,
+                cache.lengths,
+                self.layout.window,
+                scoring.soft_cap,
+            )
+        else:
             weights = weights + attention_weights(
                 rotate(q, positions),
                 keys,

@@ -52,6 +52,35 @@ def reserve(cache: Cache, n: jax.Array) -> tuple[Cache, Shortage]:
     return dataclasses.replace(cache, groups=groups), shortage
 
 
+def take_for(group: Group, wanted: jax.Array) -> Group:
+    """Takes pages for the table entries marked in wanted bool[R, B, N] that have none: all, or none and `missing` says.
+
+    For prompts whose size in the cache is known only once they have been read.
+    """
+    needs = wanted & (group.table < 0)
+    total = jnp.sum(needs, dtype=jnp.int32)
+    enough = total <= group.top
+    rank = jnp.cumsum(needs.reshape(-1)).reshape(needs.shape) - 1
+    taken = group.free[jnp.clip(group.top - 1 - rank, 0, group.num_pages - 1)]
+    granted = needs & enough
+    top = group.top - jnp.where(enough, total, 0)
+    return dataclasses.replace(
+        group,
+        table=jnp.where(granted, taken, group.table),
+        top=top,
+        refs=group.refs.at[jnp.where(granted, taken, group.num_pages)].set(1, mode="drop"),
+        peak=jnp.maximum(group.peak, group.num_pages - top),
+        missing=group.missing + jnp.where(enough, 0, total - group.top),
+    )
+
+
+def late_shortage(cache: Cache) -> Shortage:
+    """What `take_for` found since the cache was made, as `reserve` would have put it."""
+    available = jnp.stack([group.top for group in cache.groups])
+    missing = jnp.stack([jnp.asarray(group.missing) for group in cache.groups])
+    return Shortage(available + missing, available)
+
+
 def take(cache: Cache, parents: jax.Array) -> Cache:
     """The sequences named by parents int32[B'], in that order; -1 is an empty one. Fork, reorder and release are this.
 
@@ -114,11 +143,13 @@ def _grant(group: Group, wish: _Wish, enough: jax.Array) -> Group:
     out_of_range = group.num_pages
     refs = group.refs.at[jnp.where(copies, group.table, out_of_range)].add(-1, mode="drop")
     refs = refs.at[jnp.where(needs, taken, out_of_range)].set(1, mode="drop")
-    k, v = _copy_pages((group.k, group.v), group.table.reshape(-1), taken.reshape(-1), copies.reshape(-1))
+    pools = (group.k, group.v, group.page_state)
+    k, v, page_state = _copy_pages(pools, group.table.reshape(-1), taken.reshape(-1), copies.reshape(-1))
     return dataclasses.replace(
         group,
         k=k,
         v=v,
+        page_state=page_state,
         table=table,
         top=top,
         refs=refs,
@@ -171,6 +202,8 @@ def _take(group: Group, chosen: jax.Array, alive: jax.Array) -> Group:
         position=pick(group.position, EMPTY),
         victim=pick(group.victim, EMPTY),
         row_state=jax.tree.map(lambda state: pick(state, 0), group.row_state),
+        settled=jax.tree.map(lambda state: pick(state, 0), group.settled),
+        tail=jax.tree.map(lambda state: pick(state, 0), group.tail),
         free=free,
         top=group.top + jnp.sum(freed, dtype=jnp.int32),
         refs=refs,
@@ -201,6 +234,7 @@ def _resize(group: Group, pages_per_row: int, num_pages: int) -> Group:
         group,
         k=jax.tree.map(lambda pool: pad(pool, 0, more, 0), group.k),
         v=jax.tree.map(lambda pool: pad(pool, 0, more, 0), group.v),
+        page_state=jax.tree.map(lambda pool: pad(pool, 0, more, 0), group.page_state),
         table=pad(group.table, 2, wider, EMPTY),
         position=pad(group.position, 2, slots, EMPTY),
         row_state=jax.tree.map(lambda state: pad(state, 2, slots, 0), group.row_state),

@@ -39,11 +39,12 @@ def size_groups(
     needed = [batch * layout.rows * n for layout, n in zip(layouts, rows, strict=True)]
     pools = [layout.num_pages or pages for layout, pages in zip(layouts, needed, strict=True)]
     if memory_bytes is not None:
+        beside = batch * sum(layout.tail_bytes for layout in layouts)
         total = sum(layout.page_bytes * pages for layout, pages in zip(layouts, needed, strict=True))
-        pools = [pages * memory_bytes // total for pages in needed]
+        pools = [max(pages * (memory_bytes - beside) // total, 0) for pages in needed]
         least = [layout.rows for layout in layouts]
         if any(pool < floor for pool, floor in zip(pools, least, strict=True)):
-            smallest = -(-total * max(f / n for f, n in zip(least, needed, strict=True)) // 1)
+            smallest = beside - (-total * max(f / n for f, n in zip(least, needed, strict=True)) // 1)
             raise ConfigError(
                 f"CacheConfig.memory_bytes={memory_bytes} holds no page per row of one sequence; "
                 f"give at least {int(smallest)} bytes, or a smaller page_size"

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codecs import Encoded
+from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.layout import GroupLayout
+from kvjax.cache.policies.optional import evicted, unsettled, with_rows
 from kvjax.cache.policies.protocol import EMPTY, RowState
+from kvjax.cache.selects.protocol import PageState
+
+Tail = dict[str, jax.Array]
+"""The exact newest tokens beside the pages; sequences lie along axis 1, as in rows."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +33,11 @@ class Group:
       position: int32[R, B, S], the token position in each slot, -1 is empty.
       victim: int32[R, B], the slot the next token overwrites, -1: append. It stays readable until then.
       row_state: name -> [R, B, S, ...], what the policy remembers per slot.
+      settled: name -> [R, B], what a sequence's prompt has settled about each row, for policies that settle anything.
+      page_state: name -> [P, layers_per_page, heads_per_page, ...], what the select remembers of pages.
+      tail: "k" and "v" -> [L, B, ring, K, *], the newest tokens in the model's dtype, for codecs that wait: all L
+        layers of the group, and for "v" only where values have a pool.
+      missing: int32[], pages that a prompt was found to need beyond those free.
       free: int32[P], a stack of free page numbers, of which the first `top` int32[] count.
       refs: int32[P], how many table entries hold each page.
       peak, copied, shared: int32[], most pages ever in use, pages copied on write, most pages ever shared.
@@ -45,6 +57,10 @@ class Group:
     peak: jax.Array
     copied: jax.Array
     shared: jax.Array
+    settled: RowState = dataclasses.field(default_factory=dict)
+    missing: jax.Array | int = 0
+    page_state: PageState = dataclasses.field(default_factory=dict)
+    tail: Tail = dataclasses.field(default_factory=dict)
 
     @property
     def num_pages(self) -> int:
@@ -58,8 +74,9 @@ class Group:
 
     @property
     def pool_bytes(self) -> int:
-        """Bytes of the pools."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((self.k, self.v)))
+        """Bytes of the pools, of what is remembered of pages, and of the exact tails beside them."""
+        pools = jax.tree.leaves((self.k, self.v, self.page_state, self.tail))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in pools)
 
 
 @jax.tree_util.register_dataclass
@@ -111,6 +128,9 @@ def empty_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded | 
 
     lead = (num_pages, layout.layers_per_page, layout.heads_per_page, layout.page_size)
 
+    if waits(layout.codec):
+        return _coded_pool(layout, num_pages)
+
     def pool(width: int) -> Encoded:
         one = jax.eval_shape(layout.codec.encode, jax.ShapeDtypeStruct((1, width), layout.dtype))
         return jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape[1:]), leaf.dtype), one)
@@ -120,6 +140,35 @@ def empty_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded | 
     if layout.spec.rebuilt:
         return pool(layout.spec.key_dim), Encoded(jnp.zeros((*lead, layout.spec.value_dim), jnp.int32))
     return pool(layout.spec.key_dim), pool(layout.spec.value_dim)
+
+
+def _coded_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded | None]:
+    """Pools of a codec that waits: keys are coded a page at a time."""
+    codec: Any = layout.codec
+    lead = (num_pages, layout.layers_per_page, layout.heads_per_page)
+
+    def pool(code: Callable[[jax.Array], Encoded], width: int) -> Encoded:
+        one = jax.eval_shape(code, jax.ShapeDtypeStruct((layout.page_size, width), layout.dtype))
+        return jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), one)
+
+    keys = pool(codec.code_keys, layout.spec.key_dim)
+    return keys, None if layout.spec.value_in_key else pool(codec.code_values, layout.spec.value_dim)
+
+
+def empty_tail(layout: GroupLayout, batch: int) -> Tail:
+    """Tails of B sequences that hold nothing; none where the codec does not wait."""
+    codec: Any = layout.codec
+    if not waits(codec):
+        return {}
+    lead = (len(layout.layers), batch, codec.ring, layout.spec.kv_heads)
+    tail = {"k": jnp.zeros((*lead, layout.spec.key_dim), layout.dtype)}
+    return tail if layout.spec.value_in_key else tail | {"v": jnp.zeros((*lead, layout.spec.value_dim), layout.dtype)}
+
+
+def empty_page_state(layout: GroupLayout, num_pages: int) -> PageState:
+    """What the select remembers of pages that nothing was written to: zeros."""
+    lead = (num_pages, layout.layers_per_page, layout.heads_per_page)
+    return jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), layout.page_state)
 
 
 def empty_group(layout: GroupLayout, batch: int, pages_per_row: int, num_pages: int) -> Group:
@@ -142,6 +191,10 @@ def empty_group(layout: GroupLayout, batch: int, pages_per_row: int, num_pages: 
         peak=jnp.zeros((), jnp.int32),
         copied=jnp.zeros((), jnp.int32),
         shared=jnp.zeros((), jnp.int32),
+        settled=unsettled(layout.policy, rows, batch),
+        missing=jnp.zeros((), jnp.int32),
+        page_state=empty_page_state(layout, num_pages),
+        tail=empty_tail(layout, batch),
     )
 
 
@@ -163,8 +216,17 @@ def empty_cache(
 
 
 def with_victims(cache: Cache) -> Cache:
-    """The cache with every row's `victim` renewed from what its policy remembers: what ends a step, or a prompt."""
-    groups = tuple(
-        dataclasses.replace(g, victim=g.layout.policy.victims(g.row_state, g.position, g.length)) for g in cache.groups
-    )
-    return dataclasses.replace(cache, groups=groups)
+    """The cache with every row's `victim` renewed from what its policy remembers: what ends a step, or a prompt.
+
+    What leaves several at once leaves here, when all layers have read it.
+    """
+
+    def renewed(group: Group) -> Group:
+        policy, position = group.layout.policy, group.position
+        state = with_rows(group.row_state, group.settled)
+        gone = evicted(policy, state, position, group.length)
+        if gone is not None:
+            position = jnp.where(gone, EMPTY, position)
+        return dataclasses.replace(group, position=position, victim=policy.victims(state, position, group.length))
+
+    return dataclasses.replace(cache, groups=tuple(map(renewed, cache.groups)))

@@ -11,22 +11,29 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codecs import Encoded
-from kvjax.cache.policies.protocol import EMPTY
+from kvjax.cache.policies.protocol import EMPTY, RowState
 from kvjax.cache.state import Group
 
 
-def place(group: Group, slots: jax.Array, positions: jax.Array) -> Group:
+def place(group: Group, slots: jax.Array, positions: jax.Array, remembered: RowState | None = None) -> Group:
     """Marks slots int32[R, B, T] as holding the tokens at positions int32[B, T]; slot -1 is not stored.
 
-    What the policy remembered of an overwritten slot is forgotten.
+    What the policy remembered of an overwritten slot is forgotten; of the new tokens it remembers `remembered`, name ->
+    [B, T], and else zeros.
     """
     rows, batch = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[None, :, None]
     target = jnp.where(slots >= 0, slots, group.position.shape[2])
     positions = jnp.broadcast_to(positions, slots.shape)
+    values = remembered or {}
+
+    def fresh(name: str, state: jax.Array) -> jax.Array:
+        value = jnp.broadcast_to(values[name], slots.shape) if name in values else 0
+        return state.at[rows, batch, target].set(value, mode="drop")
+
     return dataclasses.replace(
         group,
         position=group.position.at[rows, batch, target].set(positions, mode="drop"),
-        row_state=jax.tree.map(lambda s: s.at[rows, batch, target].set(0, mode="drop"), group.row_state),
+        row_state={name: fresh(name, state) for name, state in group.row_state.items()},
         length=jnp.maximum(group.length, jnp.max(slots, axis=2) + 1),
     )
 

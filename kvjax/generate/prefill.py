@@ -17,11 +17,14 @@ import numpy as np
 
 from kvjax.attention.paged import PagedAttend
 from kvjax.attention.scratch import ScratchAttend, empty_scratch
-from kvjax.cache.pages import Shortage, reserve
+from kvjax.cache.codecs.waiting import waits
+from kvjax.cache.pages import Shortage, late_shortage, reserve
+from kvjax.cache.policies.optional import drops_hidden, observes_steps, takes_late
 from kvjax.cache.prompt import keep_prompt
 from kvjax.cache.state import Cache, with_victims
 from kvjax.config import LayerKind, ModelConfig
 from kvjax.generate.forward import apply, forward_token
+from kvjax.generate.shortage import out_of_pages
 from kvjax.model import Model
 from kvjax.models import Layer
 from kvjax.typing import Params
@@ -127,6 +130,19 @@ def embed(params: Params, tokens: jax.Array, *, config: ModelConfig) -> jax.Arra
     return embedded
 
 
+class Prompt(NamedTuple):
+    """A batch of prompts on its way through the layers.
+
+    Attributes:
+      hidden: [B, T, hidden]. tokens: int32[B, T], their ids; None where no policy asks for them.
+      positions: int32[B, T], where they stand, ascending, -1 is padding; None: side by side from 0 on.
+    """
+
+    hidden: jax.Array
+    tokens: jax.Array | None = None
+    positions: jax.Array | None = None
+
+
 class Place(NamedTuple):
     """A layer within a segment: its kind, which of the segment's owners it reads, and that owner's cache group."""
 
@@ -136,12 +152,12 @@ class Place(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "places", "chunk", "backend"), donate_argnames=("cache", "hidden")
+    jax.jit, static_argnames=("config", "places", "chunk", "backend"), donate_argnames=("cache", "prompt")
 )
 def prefill_segment(
     params: tuple[Params, ...],
     cache: Cache,
-    hidden: jax.Array,
+    prompt: Prompt,
     lengths: jax.Array,
     index: jax.Array,
     *,
@@ -149,13 +165,15 @@ def prefill_segment(
     places: tuple[Place, ...],
     chunk: int,
     backend: str | None,
-) -> tuple[Cache, jax.Array]:
-    """A whole prompt hidden [B, T, hidden] through one layer, or through layers that share keys and values.
+) -> tuple[Cache, Prompt]:
+    """A whole prompt through one layer, or through layers that share keys and values.
 
-    Of the keys and values goes into the cache what the policy keeps. `params` are the layers' own subtrees; `index`
-    int32[owners], the owners' places in their cache groups, is traced, so that segments alike share one compilation. T
-    is a multiple of `chunk`.
+    Of the keys and values goes into the cache what the policy keeps; where it says so, only the hidden states of what
+    it keeps go on. `params` are the layers' own subtrees; `index` int32[owners], the owners' places in their cache
+    groups, is traced, so that segments alike share one compilation. T is a multiple of `chunk`; lengths int32[B] are
+    those of the prompts as given.
     """
+    columns = prompt.positions
     groups = {place.owner: place.group for place in places}
     layouts = {owner: cache.groups[group].layout for owner, group in groups.items()}
 
@@ -164,6 +182,8 @@ def prefill_segment(
         start = i * chunk
         order = start + jnp.arange(chunk)
         positions = jnp.where(order < lengths[:, None], order, -1)
+        if columns is not None:
+            positions = jax.lax.dynamic_slice_in_dim(columns, start, chunk, axis=1)
         x = jax.lax.dynamic_slice_in_dim(hidden, start, chunk, axis=1)
         scratches = {owner: dataclasses.replace(scratch, offset=start) for owner, scratch in scratches.items()}
         made: dict[int, Any] = {}
@@ -177,31 +197,69 @@ def prefill_segment(
         return jax.lax.dynamic_update_slice_in_dim(hidden, x, start, axis=1), scratches
 
     scratches = {
-        owner: empty_scratch(layout, lengths, hidden.shape[1], cache.context) for owner, layout in layouts.items()
+        owner: empty_scratch(layout, lengths, prompt.hidden.shape[1], cache.context, columns)
+        for owner, layout in layouts.items()
     }
-    chunks = (jnp.max(lengths) + chunk - 1) // chunk
-    hidden, scratches = jax.lax.fori_loop(0, chunks, body, (hidden, scratches))
+    longest = jnp.max(lengths if columns is None else jnp.sum(columns >= 0, axis=1))
+    hidden, scratches = jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, body, (prompt.hidden, scratches))
+    prompt = prompt._replace(hidden=hidden)
     held = list(cache.groups)
     for owner, scratch in scratches.items():
         number = groups[owner]
-        held[number] = keep_prompt(held[number], index[owner], lengths, scratch.weights, scratch.k, scratch.v)
-    return dataclasses.replace(cache, groups=tuple(held)), hidden
+        held[number], kept = keep_prompt(
+            held[number], index[owner], lengths, scratch.weights, scratch.k, scratch.v, prompt.tokens, columns
+        )
+        if drops_hidden(layouts[owner].policy):
+            prompt = _survivors(prompt, kept[0])
+    return dataclasses.replace(cache, groups=tuple(held)), prompt
+
+
+def _survivors(prompt: Prompt, kept: jax.Array) -> Prompt:
+    """Only the tokens marked in kept bool[B, T], moved together to the front."""
+    order = jnp.argsort(~kept, axis=1, stable=True)
+    gone = ~jnp.take_along_axis(kept, order, axis=1)
+
+    def moved(array: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(array, order.reshape(*order.shape, *(1,) * (array.ndim - 2)), axis=1)
+
+    assert prompt.positions is not None
+    tokens = None if prompt.tokens is None else moved(prompt.tokens)
+    return Prompt(moved(prompt.hidden), tokens, jnp.where(gone, -1, moved(prompt.positions)))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("cache", "hidden"))
 def finish_prompt(
-    params: Params, cache: Cache, hidden: jax.Array, lengths: jax.Array, *, config: ModelConfig
+    params: Params,
+    cache: Cache,
+    hidden: jax.Array,
+    lengths: jax.Array,
+    positions: jax.Array | None = None,
+    *,
+    config: ModelConfig,
 ) -> tuple[Cache, jax.Array, jax.Array]:
-    """After the last layer: what was seen, the last hidden states [B, hidden], and all of them."""
+    """After the last layer: what was seen, the last hidden states [B, hidden], and all of them [B, T, hidden].
+
+    Those of tokens that did not come this far are NaN: there is none.
+    """
     hidden = apply(config, None, params, hidden, method="finish")
-    last = hidden[jnp.arange(hidden.shape[0]), jnp.maximum(lengths - 1, 0)]
+    order = jnp.arange(hidden.shape[0])
+    count = lengths if positions is None else jnp.sum(positions >= 0, axis=1)
+    last = hidden[order, jnp.maximum(count - 1, 0)]
+    if positions is not None:
+        target = jnp.where(positions >= 0, positions, hidden.shape[1])
+        hidden = jnp.full_like(hidden, jnp.nan).at[order[:, None], target].set(hidden, mode="drop")
     cache = dataclasses.replace(with_victims(cache), seen=cache.seen + lengths)
     return cache, last, hidden
 
 
 def by_layer(cache: Cache) -> bool:
     """Whether a fresh prompt must go through layer by layer."""
-    return any(group.layout.policy.observes for group in cache.groups)
+    return any(group.layout.policy.observes or waits(group.layout.codec) for group in cache.groups)
+
+
+def token_by_token(cache: Cache) -> bool:
+    """Whether later tokens, of further prompts too, must come one at a time."""
+    return any(observes_steps(group.layout.policy) or waits(group.layout.codec) for group in cache.groups)
 
 
 def run_prompts(
@@ -224,6 +282,9 @@ def run_prompts(
 
     Returns:
       The cache, the last hidden states [B, hidden], the list.
+
+    Raises:
+      OutOfPages: the pool does not hold what a policy keeps that can't tell before.
     """
     chunk = chunk or default_chunk()
     lengths = np.zeros(cache.batch, np.int32)
@@ -231,13 +292,17 @@ def run_prompts(
     if fresh and by_layer(cache):
         width = -(-max(context, int(lengths.max())) // chunk) * chunk
         tokens = _padded(prompts, cache.batch, 0, width)
-        hidden = embed(model.params, tokens, config=model.config)
+        prompt = Prompt(embed(model.params, tokens, config=model.config), jnp.asarray(tokens))
+        policies = [group.layout.policy for group in cache.groups]
+        if any(map(drops_hidden, policies)):
+            order = np.arange(width, dtype=np.int32)
+            prompt = prompt._replace(positions=jnp.asarray(np.where(order < lengths[:, None], order, np.int32(-1))))
         for segment in model.config.segments:
             places, index = _places(model.config, cache, segment)
-            cache, hidden = prefill_segment(
+            cache, prompt = prefill_segment(
                 tuple(model.params[f"layers_{layer}"] for layer in segment),
                 cache,
-                hidden,
+                prompt,
                 lengths,
                 index,
                 config=model.config,
@@ -245,9 +310,14 @@ def run_prompts(
                 chunk=chunk,
                 backend=backend,
             )
-        cache, last, hidden = finish_prompt(model.params, cache, hidden, lengths, config=model.config)
+        cache, last, hidden = finish_prompt(
+            model.params, cache, prompt.hidden, lengths, prompt.positions, config=model.config
+        )
+        if any(map(takes_late, policies)) and (raised := out_of_pages(late_shortage(cache), cache, "the prompts")):
+            raise raised
         return cache, last, [hidden] if keep_hidden else []
-    run = feed_tokens if by_layer(cache) else prefill_chunk
+    attend = PagedAttend(backend, prompt=True)
+    run = feed_tokens if token_by_token(cache) else prefill_chunk
     early = model.config.read_from is not None and not keep_hidden
     reach = (model.config.reach,) if early else ()
     last = jnp.asarray(np.zeros((cache.batch, *reach, model.config.hidden_size), model.dtype))
@@ -256,19 +326,13 @@ def run_prompts(
         count = np.clip(lengths - start, 0, chunk).astype(np.int32)
         tokens = _padded(prompts, cache.batch, start, chunk)
         if early:
-            cache, last = prefill_below(
-                model.params, cache, last, tokens, count, config=model.config, attend=PagedAttend(backend)
-            )
+            cache, last = prefill_below(model.params, cache, last, tokens, count, config=model.config, attend=attend)
             continue
-        cache, last, hidden = run(
-            model.params, cache, last, tokens, count, config=model.config, attend=PagedAttend(backend)
-        )
+        cache, last, hidden = run(model.params, cache, last, tokens, count, config=model.config, attend=attend)
         if keep_hidden:
             kept.append(hidden)
     if early:
-        cache, last = prefill_above(
-            model.params, cache, last, lengths, config=model.config, attend=PagedAttend(backend)
-        )
+        cache, last = prefill_above(model.params, cache, last, lengths, config=model.config, attend=attend)
     return cache, last, kept
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
+from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.config import CacheConfig
 from kvjax.cache.layout import GroupLayout, group_layers
-from kvjax.cache.pages import Shortage, resize
+from kvjax.cache.pages import resize
+from kvjax.cache.policies.optional import drops_hidden
 from kvjax.cache.size import context_bucket, power_of_two, size_groups
 from kvjax.cache.state import Cache, empty_cache
-from kvjax.errors import ConfigError, OutOfPages, RequestError
+from kvjax.errors import ConfigError, RequestError
 from kvjax.generate.contexts import Chunks, hold_contexts, memory_beside
 from kvjax.generate.decode import take_sequences
 from kvjax.generate.prefill import reserve_pages, run_prompts
 from kvjax.generate.requests import check_chunk
+from kvjax.generate.shortage import out_of_pages as out_of_pages
+from kvjax.generate.shortage import span
 from kvjax.model import Model
 
 
@@ -61,6 +64,19 @@ def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
             f"{config.policy!r} keeps what a prompt attends to, but layers from cross_from={model.config.cross_from} "
             "on see only a prompt's last token; choose a policy that needs no attention weights"
         )
+    coding = [other.codec for other in (config, *(other for _, other in config.overrides)) if waits(other.codec)]
+    if model.config.cross_from is not None and coding:
+        raise ConfigError(
+            f"{coding[0]!r} codes a prompt layer by layer, once its exact attention is done, but layers from "
+            f"cross_from={model.config.cross_from} on see only a prompt's last token; choose a codec that codes each "
+            "token by itself, such as codecs.Int4()"
+        )
+    for segment in model.config.segments if drops_hidden(config.policy) else ():
+        if len({model.config.cache_layer(layer) for layer in segment}) > 1:
+            raise ConfigError(
+                f"{config.policy!r} drops hidden states between layers, but layers {span(segment)} of this model read "
+                "one another's keys and values across each other: there is no place between them; choose another policy"
+            )
     return group_layers(model.config.kv_spec, model.config.cache_windows, config, model.dtype.name)
 
 
@@ -166,23 +182,3 @@ def repeat(state: State, parents: np.ndarray) -> tuple[Cache, jax.Array | None]:
 
 
 _rows = jax.jit(lambda array, index: array[index])
-
-
-def out_of_pages(shortage: Shortage, cache: Cache, what: str) -> OutOfPages | None:
-    """The exception a shortage calls for, or None; waits for the device."""
-    needed, available = np.asarray(shortage.needed), np.asarray(shortage.available)
-    short = np.flatnonzero(needed > available)
-    if not short.size:
-        return None
-    group = cache.groups[short[0]]
-    return OutOfPages(
-        f"{what} need {needed[short[0]]} more pages of {group.layout.page_size} slots, but {available[short[0]]} of "
-        f"{group.num_pages} are free ({group.layout.policy!r}, layers {_span(group.layout.layers)}); "
-        "raise CacheConfig.num_pages or memory_bytes, shorten or split the batch, or choose a smaller policy",
-        needed=int(needed[short[0]]),
-        available=int(available[short[0]]),
-    )
-
-
-def _span(layers: Sequence[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"

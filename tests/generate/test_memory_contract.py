@@ -20,10 +20,11 @@ import kvjax
 from kvjax import CacheConfig, Sampling
 from kvjax.attention.paged import PagedAttend
 from kvjax.cache.policies import Full
+from kvjax.cache.policies.optional import drops_hidden
 from kvjax.cache.size import context_bucket
 from kvjax.cache.state import Cache, empty_cache
 from kvjax.generate.decode import Loop, decode_block, take_sequences
-from kvjax.generate.prefill import Place, feed_tokens, prefill_chunk, prefill_segment, reserve_pages
+from kvjax.generate.prefill import Place, Prompt, feed_tokens, prefill_chunk, prefill_segment, reserve_pages
 from kvjax.generate.sampling import kind_of, make_state
 from kvjax.generate.state import layouts_of
 from kvjax.model import parameter_shapes
@@ -91,9 +92,19 @@ def lower(program: str, cache: Cache) -> Any:
         case "prefill_segment":
             hidden = Shape((BATCH, 19 * CHUNK, CONFIG.hidden_size), jnp.float32)
             index = Shape((1,), jnp.int32)
+            order = Shape(hidden.shape[:2], jnp.int32)
+            positions = order if drops_hidden(cache.groups[0].layout.policy) else None
             layers, places = (params["layers_0"],), (Place(CONFIG.kind(0), 0, 0),)
             return prefill_segment.lower(
-                layers, cache, hidden, count, index, config=CONFIG, places=places, chunk=CHUNK, backend=None
+                layers,
+                cache,
+                Prompt(hidden, order, positions),
+                count,
+                index,
+                config=CONFIG,
+                places=places,
+                chunk=CHUNK,
+                backend=None,
             )
         case "decode_block":
             sampling = Sampling()

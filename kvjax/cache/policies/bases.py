@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.policies.optional import first_hole
 from kvjax.cache.policies.protocol import EMPTY, Read, RowState, appended, overlaps
 
 
@@ -82,3 +83,93 @@ class Scored:
     def row_state(self, rows: int, batch: int, slots: int) -> RowState:
         """score float32[R, B, S], 0."""
         return {"score": jnp.zeros((rows, batch, slots), jnp.float32)}
+
+
+class PromptOnly:
+    """Policies that keep of a prompt what its attention picks, and everything that comes after it.
+
+    One row per layer and KV head; a prompt's slots are full from 0 on, later tokens follow. A subclass says how much of
+    a prompt stays (`held_of`), by which rows (`prompt_rows`) and what (`keep`).
+    """
+
+    @property
+    def observes(self) -> bool:
+        """Yes: a prompt is chosen from by its attention weights."""
+        return True
+
+    @property
+    def observes_steps(self) -> bool:
+        """No: what comes later stays whatever it weighs."""
+        return False
+
+    @property
+    def in_order(self) -> bool:
+        """No: what is left of a prompt moves together."""
+        return False
+
+    @property
+    def append_only(self) -> bool:
+        """Yes, once the prompt is in."""
+        return True
+
+    def capacity(self, tokens: int) -> int:
+        """As many slots as tokens: a short prompt stays whole, and all that follows stays."""
+        return tokens
+
+    def slots(self, length: jax.Array, victim: jax.Array, seen: jax.Array, positions: jax.Array) -> jax.Array:
+        """Behind what is held."""
+        return appended(length, seen, positions)
+
+    def held_of(self, tokens: jax.Array, rows: int) -> jax.Array:
+        """How many of a prompt of `tokens` int32[B] stay in each row: int32[B] or [rows, B]."""
+        raise NotImplementedError
+
+    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
+        """Of a prompt, pages for what will be kept; then the open page and new ones."""
+        added = jnp.where(seen == 0, self.held_of(n, length.shape[0]), n)
+        return overlaps(length, length + added, starts, page_size)
+
+    def reads(self, window: int | None) -> tuple[Read, ...]:
+        """Everything held, within the model's own window."""
+        return (Read(window=window),)
+
+    def row_state(self, rows: int, batch: int, slots: int) -> RowState:
+        """Nothing is remembered once the prompt is in."""
+        return {}
+
+    def observe(self, state: RowState, weights: jax.Array, active: jax.Array) -> RowState:
+        """The prompt's summed weights float32[K, B, T] are its scores."""
+        return {"score": weights}
+
+    def victims(self, state: RowState, position: jax.Array, length: jax.Array) -> jax.Array:
+        """Nothing is overwritten: -1 int32[R, B]."""
+        return jnp.full(length.shape, EMPTY, jnp.int32)
+
+
+class Emptying(Scored):
+    """Scored policies from whose rows several tokens may leave at once (`evicted`), and leave holes.
+
+    Later tokens land in the holes first, one a step.
+    """
+
+    def victims(self, state: RowState, position: jax.Array, length: jax.Array) -> jax.Array:
+        """The first hole."""
+        return first_hole(position, length)
+
+
+class Growing(Emptying):
+    """Policies whose rows have no size that could be told before: pages of a prompt are taken once it is read."""
+
+    @property
+    def takes_late(self) -> bool:
+        """Yes."""
+        return True
+
+    def capacity(self, tokens: int) -> int:
+        """As many slots as tokens, should everything stay."""
+        return tokens
+
+    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
+        """None for a prompt; then any page, for holes may be anywhere, and new ones."""
+        end = jnp.where((seen > 0) & (n > 0), length + n, 0)
+        return overlaps(jnp.zeros_like(length), end, starts, page_size)

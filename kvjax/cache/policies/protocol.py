@@ -27,6 +27,8 @@ class Read:
       turn: the query is rotated to min(its position, turn); None: to its position.
       window: only positions less than this far behind the query; None: all.
       slots: the tokens covered lie in the first `slots` slots, so that only their pages need be read; None: anywhere.
+      lag: each token covered is read by a query turned to at most this far ahead of it; None: by one query for all.
+        Needs `last`.
     """
 
     first: int = 0
@@ -34,6 +36,7 @@ class Read:
     turn: int | None = None
     window: int | None = None
     slots: int | None = None
+    lag: int | None = None
 
 
 @runtime_checkable

@@ -1,0 +1,150 @@
+"""A step that reads only what its select chooses: a block table of the chosen pages, or slots, in place of the row's.
+
+Every KV head chooses for itself, and a page may hold all heads of all layers. But seen flat, the pool is one of pages
+of a single layer and head, or of single slots, and it is these that the shorter table names: nothing is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.codecs import Encoded
+from kvjax.cache.page_state import flat, page_numbers
+from kvjax.cache.policies.protocol import EMPTY
+from kvjax.cache.selects import Chosen, View
+from kvjax.cache.state import Group
+from kvjax.cache.write import layer_rows
+from pallas_kernels import paged_attention, paged_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """What one step of one layer reads.
+
+    Attributes:
+      k, v: pools, leaves [X, 1, 1, slots of a unit, ...]; v None: the value lies in the key.
+      table: int32[B, K, n], the chosen units in it, -1 is none. lengths: int32[B, K], slots in them.
+      positions: int32[B, K, n * slots of a unit], the token in each slot, -1 for none.
+      slots: int32[B, K, n * slots of a unit], which slot of the row each is, S for none.
+      width: S. value_dim: None unless the value lies in the key.
+      chosen: as the select gave it.
+    """
+
+    k: Encoded
+    v: Encoded | None
+    table: jax.Array
+    lengths: jax.Array
+    positions: jax.Array
+    slots: jax.Array
+    width: int
+    value_dim: int | None
+    chosen: Chosen
+
+    def attend(
+        self, q: jax.Array, q_positions: jax.Array, soft_cap: float | None, backend: str | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention of rotated q [B, 1, H, D] to the chosen alone: out [B, 1, H, Dv], lse float32[B, 1, H]."""
+        return paged_attention(
+            q,
+            self.k.values,
+            None if self.v is None else self.v.values,
+            self.table,
+            self.lengths,
+            layer=jnp.zeros(1, jnp.int32),
+            positions=self.positions,
+            q_positions=q_positions,
+            soft_cap=soft_cap,
+            value_dim=self.value_dim,
+            k_scale=self.k.scale,
+            k_min=self.k.minimum,
+            v_scale=None if self.v is None else self.v.scale,
+            v_min=None if self.v is None else self.v.minimum,
+            backend=backend,
+        )
+
+    def completed(self, out: jax.Array) -> jax.Array:
+        """out [B, 1, H, Dv] with the share of what was not read in it."""
+        share, rest = self.chosen.share, self.chosen.rest
+        if share is None:
+            return out
+        mixed = out.reshape(*share.shape, -1).astype(jnp.float32) * share[..., None]
+        if rest is not None:
+            mixed = mixed + (1 - share[..., None]) * rest[:, :, None].astype(jnp.float32)
+        return mixed.reshape(out.shape).astype(out.dtype)
+
+    def weights(
+        self, q: jax.Array, q_positions: jax.Array, lse: jax.Array, soft_cap: float | None, backend: str | None
+    ) -> jax.Array:
+        """The attention each slot of the row receives, float32[B, K, S], 0 where nothing was read."""
+        some = paged_weights(
+            q,
+            self.k.values,
+            self.table,
+            self.lengths,
+            lse=lse,
+            row_weights=jnp.ones(q_positions.shape, jnp.float32),
+            layer=jnp.zeros(1, jnp.int32),
+            positions=self.positions,
+            q_positions=q_positions,
+            soft_cap=soft_cap,
+            k_scale=self.k.scale,
+            k_min=self.k.minimum,
+            backend=backend,
+        )
+        batch, heads = jnp.arange(some.shape[0])[:, None, None], jnp.arange(some.shape[1])[None, :, None]
+        return jnp.zeros((*some.shape[:2], self.width)).at[batch, heads, self.slots].set(some, mode="drop")
+
+    def read_positions(self, position: jax.Array) -> jax.Array:
+        """position int32[r, B, S] for every head, int32[K, B, S], -1 where nothing was read."""
+        batch, heads = jnp.arange(self.slots.shape[0])[:, None, None], jnp.arange(self.slots.shape[1])[None, :, None]
+        read = jnp.zeros((*self.slots.shape[:2], self.width), bool).at[batch, heads, self.slots].set(True, mode="drop")
+        return jnp.where(jnp.moveaxis(read, 1, 0), position, EMPTY)
+
+
+def selected(group: Group, index: Any, q: jax.Array, q_positions: jax.Array, window: int | None) -> Selected:
+    """What the group's select chooses for rotated queries q [B, 1, H, D] of the layer at `index`.
+
+    Args:
+      q_positions: int32[B, 1], -1 is padding. window: only positions less than this far behind; None: all.
+    """
+    layout, select = group.layout, group.layout.select
+    assert select is not None
+    size, heads = layout.page_size, layout.spec.kv_heads
+    pages = page_numbers(group, layer_rows(group, group.table, index), index)
+    held = jnp.moveaxis(layer_rows(group, group.position, index), 0, 1)
+    if window is not None:
+        held = jnp.where(held > q_positions[:, :, None] - window, held, EMPTY)
+    position = jnp.broadcast_to(held.reshape(*held.shape[:2], -1, size), (*pages.shape, size))
+    grouped = q.reshape(q.shape[0], heads, -1, q.shape[-1])
+    chosen = select.choose(grouped, View(jax.tree.map(flat, group.page_state), pages, position))
+
+    some, real = jnp.maximum(chosen.index, 0), chosen.index >= 0
+    if select.unit == "page":
+        slots, unit = some[..., None] * size + jnp.arange(size), size
+        table = jnp.take_along_axis(pages, some, axis=-1)
+    else:
+        slots, unit = some[..., None], 1
+        table = jnp.take_along_axis(pages, some // size, axis=-1) * size + some % size
+    slots = jnp.where(real[..., None], slots, held.shape[-1]).reshape(*some.shape[:2], -1)
+    flattened = position.reshape(*position.shape[:2], -1)
+    positions = jnp.take_along_axis(flattened, jnp.minimum(slots, held.shape[-1] - 1), axis=-1)
+
+    def units(pool: jax.Array) -> jax.Array:
+        tail = pool.shape[4:]
+        return pool.reshape(-1, 1, 1, unit, *tail)
+
+    return Selected(
+        k=jax.tree.map(units, group.k),
+        v=None if group.v is None else jax.tree.map(units, group.v),
+        table=jnp.where(real, table, EMPTY),
+        lengths=jnp.sum(real, axis=-1, dtype=jnp.int32) * unit,
+        positions=jnp.where(slots < held.shape[-1], positions, EMPTY),
+        slots=slots,
+        width=held.shape[-1],
+        value_dim=layout.spec.value_dim if group.v is None else None,
+        chosen=chosen,
+    )

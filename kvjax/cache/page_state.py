@@ -1,0 +1,95 @@
+"""What a select remembers of pages: made anew of whatever a page holds each time it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.codecs import Encoded
+from kvjax.cache.state import Group
+from kvjax.cache.write import layer_rows, place_in_page, write
+
+
+def store(group: Group, index: int | jax.Array, slots: jax.Array, k: Encoded, v: Encoded | None) -> Group:
+    """`write`, and what the group's select remembers of the pages written to."""
+    return renewed(write(group, index, _ordered(group, slots), k, v), index, slots)
+
+
+def _ordered(group: Group, slots: jax.Array) -> jax.Array:
+    """`slots`, but known only once the page state is.
+
+    It was read from the pool that comes to be written: without that order the compiler keeps the old pool for the
+    reader and copies all of it. So little is looked at that it costs nothing, and the compiler cannot see through it.
+    """
+    for leaf in group.page_state.values():
+        one = jax.lax.bitcast_convert_type(leaf[(slice(1),) * leaf.ndim].astype(jnp.float32), jnp.uint32)
+        slots = slots + ((one.reshape(()) >> 31) >> 1).astype(slots.dtype)
+    return slots
+
+
+def page_numbers(group: Group, table: jax.Array, index: int | jax.Array) -> jax.Array:
+    """Pages of table int32[r, B, n] of the layer at `index`, per KV head, as `flat` numbers them: int32[B, K, n].
+
+    No page (-1) counts as the first one.
+    """
+    layers, heads = group.layout.layers_per_page, group.layout.heads_per_page
+    pages = jnp.maximum(jnp.moveaxis(table, 0, 1), 0) * layers + place_in_page(group, index)
+    return pages * heads + jnp.arange(heads)[:, None]
+
+
+def flat(leaf: jax.Array) -> jax.Array:
+    """[P, layers_per_page, heads_per_page, ...] -> [X, ...]: the pages of one layer and head each, in place."""
+    return leaf.reshape(-1, *leaf.shape[3:])
+
+
+def touched(group: Group, table: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which entries of table int32[r, B, N] the slots int32[r, B, T] lie in: int32[r, B, n], and bool: really.
+
+    The slots of one call follow one another, if need be round a ring, so that n follows from T.
+    """
+    width, tokens, size = table.shape[2], slots.shape[2], group.layout.page_size
+    number = jnp.where(slots >= 0, slots // size, width)
+    if tokens == 1:
+        listed = number
+    else:
+        row, batch = jnp.arange(table.shape[0])[:, None, None], jnp.arange(table.shape[1])[None, :, None]
+        marked = jnp.zeros(table.shape, bool).at[row, batch, number].set(True, mode="drop")
+        most = min(width, tokens, -(-tokens // size) + 2)
+        listed = jnp.sort(jnp.where(marked, jnp.arange(width), width), axis=-1)[..., :most]
+    entries = jnp.take_along_axis(table, jnp.minimum(listed, width - 1), axis=-1)
+    return jnp.minimum(listed, width - 1), (listed < width) & (entries >= 0)
+
+
+def renewed(group: Group, index: int | jax.Array, slots: jax.Array) -> Group:
+    """The group, the state of those pages renewed that slots int32[r, B, T] of the layer at `index` were written to."""
+    layout = group.layout
+    if layout.select is None:
+        return group
+    table = layer_rows(group, group.table, index)
+    entries, real = touched(group, table, slots)
+    pages = page_numbers(group, jnp.take_along_axis(table, entries, axis=-1), index)
+
+    def stored(pool: jax.Array) -> jax.Array:
+        return flat(pool)[pages]
+
+    keys = layout.codec.decode(jax.tree.map(stored, group.k), jnp.dtype(layout.dtype))
+    if group.v is None:
+        values = keys[..., : layout.spec.value_dim]
+    else:
+        values = layout.codec.decode(jax.tree.map(stored, group.v), jnp.dtype(layout.dtype))
+    held = layer_rows(group, group.position, index)
+    held = held.reshape(*held.shape[:2], -1, layout.page_size)
+    filled = jnp.moveaxis(jnp.take_along_axis(held, entries[..., None], axis=2) >= 0, 0, 1)
+    filled = jnp.broadcast_to(filled, keys.shape[:-1])
+    state = layout.select.summary(keys, values, filled)
+    layers, heads = layout.layers_per_page, layout.heads_per_page
+    written = jnp.broadcast_to(jnp.moveaxis(real, 0, 1), pages.shape)
+    target = jnp.where(written, pages // (layers * heads), group.num_pages)  # out of range: dropped
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        # Not flat: where axes are of size 1 the compiler was seen to copy all of it into another layout.
+        return old.at[target, pages // heads % layers, pages % heads].set(new.astype(old.dtype), mode="drop")
+
+    return dataclasses.replace(group, page_state=jax.tree.map(put, group.page_state, state))

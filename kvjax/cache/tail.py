@@ -1,0 +1,192 @@
+"""The exact newest tokens of a codec that waits: beside the pages, a ring per sequence, layer and head.
+
+A token in slot s lies at s mod ring. What a fork shares of it is copied with the sequence, and both code it to the same
+bytes, so that a page of shared tokens may be written by either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache.codecs import KIVI, Encoded
+from kvjax.cache.layout import GroupLayout
+from kvjax.cache.policies.protocol import EMPTY
+from kvjax.cache.state import Group
+from kvjax.cache.write import layer_rows, place_in_page
+
+
+def codec_of(layout: GroupLayout) -> KIVI:
+    """The group's codec, which waits."""
+    codec: Any = layout.codec
+    return codec
+
+
+def coded(group: Group, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many keys and values are coded once `length` tokens are held and their step is over."""
+    residual = codec_of(group.layout).residual
+    keys = jnp.maximum(length - length % residual, 0)
+    return keys, keys if group.v is None else jnp.maximum(length - residual, 0)
+
+
+def ring_slots(group: Group, length: jax.Array) -> jax.Array:
+    """Which slot each place of the ring holds, length [...] -> int32[..., ring]; negative for none."""
+    ring = codec_of(group.layout).ring
+    newest = length[..., None] - 1
+    return newest - (newest - jnp.arange(ring)) % ring
+
+
+def put_exact(group: Group, index: int | jax.Array, slots: jax.Array, k: Encoded, v: Encoded | None) -> Group:
+    """Keeps new keys and values [B, T, K, *] of the layer at `index` in slots int32[r, B, T]; slot -1 is dropped."""
+    batch, ring = jnp.arange(slots.shape[1])[None, :, None], codec_of(group.layout).ring
+    place = jnp.where(slots >= 0, slots % ring, ring)
+    layer = jnp.full(slots.shape, index, jnp.int32)
+
+    def one(held: jax.Array, new: jax.Array) -> jax.Array:
+        if slots.shape[0] == 1:
+            return held.at[layer[0], batch[0], place[0]].set(new, mode="drop")
+        head = jnp.arange(slots.shape[0])[:, None, None]
+        return held.at[layer, batch, place, head].set(jnp.moveaxis(new, 2, 0), mode="drop")
+
+    tail = {"k": one(group.tail["k"], k.values)}
+    if v is not None:
+        tail["v"] = one(group.tail["v"], v.values)
+    return dataclasses.replace(group, tail=tail)
+
+
+def put_prompt(group: Group, index: int | jax.Array, slots: jax.Array, k: jax.Array, v: jax.Array | None) -> Group:
+    """Stores a fresh prompt's keys and values [B, T, K, *], of which slots int32[r, B, T] stay: coded, and the tail."""
+    layout, codec = group.layout, codec_of(group.layout)
+    size, heads, count = layout.page_size, k.shape[2], k.shape[1]
+    width = -(-count // size) * size
+    row, batch = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[None, :, None]
+    target = jnp.where(slots >= 0, slots, width)
+    order = jnp.zeros((*slots.shape[:2], width), jnp.int32)
+    order = order.at[row, batch, target].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
+    order = jnp.broadcast_to(jnp.moveaxis(order, 0, 2), (slots.shape[1], width, heads))
+    length = _by_head(layer_rows(group, group.length, index), heads)
+    keys_coded, values_coded = coded(group, length)
+    table = layer_rows(group, group.table, index)
+    table = jnp.broadcast_to(jnp.moveaxis(table, 0, 1), (table.shape[1], heads, table.shape[2]))
+    layer, head = place_in_page(group, index), jnp.arange(heads) if layout.heads_per_page > 1 else jnp.zeros(heads, int)
+
+    def by_slot(x: jax.Array) -> jax.Array:
+        """[B, T, K, D] -> [B, K, S, D], the tokens in the order of slots."""
+        return jnp.moveaxis(jnp.take_along_axis(x, order[..., None], axis=1), 1, 2)
+
+    def page_of(entry: jax.Array, due: jax.Array) -> jax.Array:
+        """Pages of table entries int32[n] where due bool[B, K, n]; out of range, and so dropped, elsewhere."""
+        page = table.at[:, :, entry].get(mode="fill", fill_value=EMPTY)
+        return jnp.where(due & (page >= 0), page, group.num_pages)
+
+    def ring(held: jax.Array, x: jax.Array) -> jax.Array:
+        slot = jnp.clip(ring_slots(group, length), 0, width - 1)
+        newest = jnp.moveaxis(jnp.take_along_axis(x, slot[..., None], axis=2), 1, 2)
+        return held.at[jnp.asarray(index, jnp.int32).reshape(1)].set(newest[None].astype(held.dtype))
+
+    keys = by_slot(k)
+    pages = jnp.arange(width // size)
+    page = page_of(pages, (pages + 1) * size <= keys_coded[..., None])
+    codes = codec.code_keys(keys.reshape(*keys.shape[:2], -1, size, keys.shape[-1]))
+    where = (page, layer, head[:, None])
+    new_k = jax.tree.map(lambda pool, leaf: pool.at[where].set(leaf, mode="drop"), group.k, codes)
+    tail, new_v = {"k": ring(group.tail["k"], keys)}, None
+    if v is not None:
+        values, slot = by_slot(v), jnp.arange(width)
+        page = page_of(slot // size, slot < values_coded[..., None])
+        there = (page, layer, head[:, None], slot % size)
+        new_v = jax.tree.map(
+            lambda pool, leaf: pool.at[there].set(leaf, mode="drop"), group.v, codec.code_values(values)
+        )
+        tail["v"] = ring(group.tail["v"], values)
+    return dataclasses.replace(group, k=new_k, v=new_v, tail=tail)
+
+
+def settled(group: Group, active: jax.Array, order: jax.Array | int) -> Group:
+    """Codes, in all layers, what is due once a step is over, for the sequences active bool[B] in it.
+
+    order: zero, known once every layer has read.
+    """
+    layout, codec = group.layout, codec_of(group.layout)
+    layers, heads, size = len(layout.layers), layout.spec.kv_heads, layout.page_size
+    layer, batch = jnp.arange(layers)[:, None, None], jnp.arange(active.shape[0])[:, None]
+    head = jnp.arange(heads)
+    row = {"shared": 0 * layer, "layer": layer, "head": layer * heads + head}[layout.policy.rows]
+    row = jnp.broadcast_to(row, (layers, active.shape[0], heads))
+    length = group.length[row, batch]
+    place = layer if layout.policy.rows == "shared" else 0 * layer
+    within = head if layout.heads_per_page > 1 else 0 * head
+
+    def page_of(entry: jax.Array, due: jax.Array, rows: jax.Array, sequences: jax.Array) -> jax.Array:
+        page = group.table.at[rows, sequences, jnp.maximum(entry, 0)].get(mode="fill", fill_value=EMPTY)
+        return jnp.where(due & (page >= 0), page, group.num_pages) + order
+
+    due = (length > 0) & (length % codec.residual == 0) & active[:, None]
+    slots = length[..., None] - codec.residual + jnp.arange(codec.residual)
+    starts = slots[..., ::size]
+
+    def code() -> Encoded:
+        keys = group.tail["k"][layer[..., None], batch[..., None], slots % codec.ring, head[:, None]]
+        return codec.code_keys(keys.reshape(*starts.shape, size, keys.shape[-1]))
+
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(code))
+    codes = jax.lax.cond(jnp.any(due), code, lambda: nothing)
+    page = page_of(starts // size, due[..., None], row[..., None], batch[..., None])
+    where = (page, place[..., None], within[:, None])
+    new_k = jax.tree.map(lambda pool, leaf: pool.at[where].set(leaf, mode="drop"), group.k, codes)
+    if group.v is None:
+        return dataclasses.replace(group, k=new_k)
+    slot = length - codec.ring
+    value = codec.code_values(group.tail["v"][layer, batch, slot % codec.ring, head])
+    page = page_of(slot // size, (slot >= 0) & active[:, None], row, batch)
+    there = (page, place, within, jnp.maximum(slot, 0) % size)
+    new_v = jax.tree.map(lambda pool, leaf: pool.at[there].set(leaf, mode="drop"), group.v, value)
+    return dataclasses.replace(group, k=new_k, v=new_v)
+
+
+def newest(group: Group, index: int | jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """What one layer's step reads beside the pages: keys and values [B, ring, K, *], and positions int32[B, K, ring].
+
+    Values are exact; of their keys the older ones may be coded already, and are read from the pages. Position -1: read
+    from the pages altogether, or nothing.
+    """
+    layout, codec = group.layout, codec_of(group.layout)
+    heads = layout.spec.kv_heads
+    layer = jnp.asarray(index, jnp.int32).reshape(1)
+    keys = group.tail["k"][layer][0].astype(dtype)
+    values = None if group.v is None else group.tail["v"][layer][0].astype(dtype)
+    length = layer_rows(group, group.length, index)
+    slots = ring_slots(group, length)
+    keys_coded, values_coded = coded(group, length - 1)
+    position = jnp.take_along_axis(layer_rows(group, group.position, index), jnp.maximum(slots, 0), axis=2)
+    position = jnp.where((slots >= 0) & (slots >= values_coded[..., None]), position, EMPTY)
+    position = jnp.broadcast_to(jnp.moveaxis(position, 0, 1), (position.shape[1], heads, position.shape[2]))
+    if group.v is None:
+        return keys, None, position
+    inside = jnp.maximum(slots, 0)
+    page = jnp.maximum(
+        jnp.take_along_axis(layer_rows(group, group.table, index), inside // layout.page_size, axis=2), 0
+    )
+    # Every head by an index of its own: [r, B, ring, K or 1], and heads_per_page 1 where each has a row.
+    head = jnp.arange(layout.heads_per_page)
+    place = place_in_page(group, index)
+    page, offset = page[..., None], (inside % layout.page_size)[..., None]
+
+    def picked(pool: jax.Array, at: jax.Array | int) -> jax.Array:
+        """[r, B, ring, K or 1, *] -> [B, ring, K, *]."""
+        found = pool[page, place, head, at]
+        return found[0] if found.shape[0] == 1 else jnp.moveaxis(found[..., 0, :], 0, 2)
+
+    assert group.k.scale is not None
+    assert group.k.minimum is not None
+    stored = Encoded(picked(group.k.values, offset), picked(group.k.scale, 0), picked(group.k.minimum, 0))
+    from_pages = jnp.moveaxis(jnp.broadcast_to(slots < keys_coded[..., None], (heads, *slots.shape[1:])), 0, 2)
+    return jnp.where(from_pages[..., None], codec.read_keys(stored, dtype), keys), values, position
+
+
+def _by_head(rows: jax.Array, heads: int) -> jax.Array:
+    """[r, B] -> [B, K]."""
+    return jnp.broadcast_to(rows.T, (rows.shape[1], heads))
