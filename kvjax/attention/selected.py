@@ -122,7 +122,7 @@ def selected(group: Group, index: Any, q: jax.Array, q_positions: jax.Array, win
     grouped = q.reshape(q.shape[0], heads, -1, q.shape[-1])
     chosen = select.choose(grouped, View(jax.tree.map(flat, group.page_state), pages, position))
 
-    some, real = jnp.maximum(chosen.index, 0), chosen.index >= 0
+    some, real = jnp.maximum(chosen.picks, 0), chosen.picks >= 0
     if select.unit == "page":
         slots, unit = some[..., None] * size + jnp.arange(size), size
         table = jnp.take_along_axis(pages, some, axis=-1)

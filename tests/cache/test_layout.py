@@ -165,7 +165,7 @@ class Mutable(Full):
         ),
         (lambda: CacheConfig(overrides=((1, CacheConfig()),)), "\\(layers, CacheConfig\\), got \\(1,"),
         (lambda: CacheConfig(codec=Full()), "one of kvjax.codecs, got Full"),
-        (lambda: CacheConfig(select="quest"), "no sparse reads are available yet"),
+        (lambda: CacheConfig(select="quest"), "one of kvjax.selects, got 'quest'"),
         (lambda: CacheConfig(overrides=(((), CacheConfig()),)), "non-empty"),
         (lambda: CacheConfig(overrides=(((-1,), CacheConfig()),)), "not negative"),
         (lambda: CacheConfig(overrides=(((0,), CacheConfig()), ((1, 0), CacheConfig()))), "distinct"),

@@ -31,12 +31,12 @@ class Chosen(NamedTuple):
     """What is read, and what stands for the rest.
 
     Attributes:
-      index: int32[B, K, n], pages of the row (0 .. N-1), or slots (0 .. N * page - 1), -1 is none, those last.
+      picks: int32[B, K, n], pages of the row (0 .. N-1), or slots (0 .. N * page - 1), -1 is none, those last.
       share: float32[B, K, G], how much of the output is attention to them; None: all of it.
       rest: float32[B, K, Dv], what the remaining share is made of.
     """
 
-    index: jax.Array
+    picks: jax.Array
     share: jax.Array | None = None
     rest: jax.Array | None = None
 
