@@ -288,7 +288,7 @@ def test_kivi_leaves_the_pools_where_they_are(policy, program):
     assert memory.alias_size_in_bytes >= cache.pool_bytes
     # Packed pools are small beside one layer's prompt, but a copy of even the smallest of them would be seen.
     pools = jax.tree.leaves((cache.groups[0].k, cache.groups[0].v))
-    assert memory.temp_size_in_bytes < min(leaf.size * leaf.dtype.itemsize for leaf in pools) / 4
+    assert memory.temp_size_in_bytes < min(leaf.size * leaf.dtype.itemsize for leaf in pools) / 2
 
 
 @SLOW
