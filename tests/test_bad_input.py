@@ -93,7 +93,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     "two sizes": (lambda: CacheConfig(num_pages=4, memory_bytes=4096), "not both"),
     "not a policy": (lambda: CacheConfig(policy="full"), "policy must be"),  # type: ignore[arg-type]
     "not a codec": (lambda: CacheConfig(codec=8), "codec must be"),  # type: ignore[arg-type]
-    "a select": (lambda: CacheConfig(select=object()), "sparse reads"),
+    "a select": (lambda: CacheConfig(select=object()), "one of kvjax.selects, got <object"),
     "overlapping overrides": (lambda: CacheConfig(overrides=(((0,), SMALL), ((0,), SMALL))), "distinct"),
     "nested overrides": (lambda: CacheConfig(overrides=(((0,), CacheConfig(overrides=(((1,), SMALL),))),)), "its own"),
     "layer beyond": (lambda: kvjax.generate(MODEL, NEXT, cache=CacheConfig(overrides=(((2,), SMALL),))), r"layer 2"),
