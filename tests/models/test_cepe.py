@@ -28,7 +28,7 @@ from kvjax.errors import CheckpointError, ConfigError, RequestError
 from kvjax.generate import contexts as contexts_module
 from kvjax.generate.contexts import padded_contexts
 from kvjax.generate.decode import forced_block
-from kvjax.generate.prefill import Place, prefill_segment
+from kvjax.generate.prefill import Place, Prompt, prefill_segment
 from kvjax.generate.state import layouts_of
 from kvjax.model import parameter_shapes
 from kvjax.models import stack_layers
@@ -269,7 +269,7 @@ def test_the_pool_of_a_context_is_never_copied(program):
         hidden, index = shape((batch, 8, HIDDEN), jnp.float32), shape((1,), jnp.int32)
         layers, places = (params["layers_0"],), (Place(CONFIG.kind(0), 0, 0),)
         lowered = prefill_segment.lower(
-            layers, cache, hidden, count, index, config=CONFIG, places=places, chunk=4, backend=None
+            layers, cache, Prompt(hidden), count, index, config=CONFIG, places=places, chunk=4, backend=None
         )
     else:
         chunks = shape((4, CHUNK), jnp.int32)
