@@ -111,8 +111,10 @@ def main(arguments: Arguments) -> int:
             report.add_verdict(verdict)
             if verdict.passed is not None:
                 outcome = "ok" if verdict.passed else f"FAIL {verdict.reason}"
-                console.print(f"{gate} {verdict.case}: {outcome} ({verdict.seconds:.1f} s)")
+                took = f"{verdict.seconds:.1f} s, {verdict.processor_seconds:.1f} s of processor time"
+                console.print(f"{gate} {verdict.case}: {outcome} ({took})")
                 report.write(arguments.out)
+        console.print(report.summary(gate))
     path = report.write(arguments.out)
     console.print(f"{len(report.cases)} cases, {len(report.failures)} failures: {path.with_suffix('.md')}")
     late = arguments.complete and any(

@@ -10,18 +10,14 @@ Results are kept as they are made: the same command again goes on where it was c
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import importlib
-import importlib.metadata
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 import tyro
 from rich.console import Console
@@ -30,6 +26,7 @@ from rich.table import Table
 
 import kvjax
 from kvjax.errors import ConfigError, KvjaxError
+from kvjax.evaluate.machine import about_machine
 from kvjax.evaluate.report import QUALITIES, curves, heatmaps, markdown, table
 from kvjax.evaluate.results import Results, open_results
 from kvjax.evaluate.rows import Row, rows_of
@@ -49,7 +46,7 @@ class Arguments:
     Attributes:
       model: a Hugging Face directory or a kvjax checkpoint.
       caches: TOML with a [[cache]] table per method.
-      out: writes OUT.json, OUT.md, OUT_quality.png and OUT_recall.png.
+      out: writes OUT.json, OUT.md, OUT_quality.png, OUT_reads.png and OUT_recall.png.
       only: labels of the caches to run; none: all of the file.
       methods: modules with policies, codecs or selects of your own, which the file may then name.
       text: text files to ask about; none: source files that the demo model was not trained on.
@@ -140,24 +137,33 @@ def report(results: Results, rows: tuple[Row, ...], arguments: Arguments, consol
     for line in lines:
         shown.add_row(*line)
     Console().print(shown)
-    pictures = [draw_quality(entries, arguments.out), draw_recall(entries, arguments.out)]
+    pictures = [draw_quality(entries, arguments.out, "held"), draw_recall(entries, arguments.out)]
+    if any(row.cache.select is not None for row in rows):
+        pictures.insert(1, draw_quality(entries, arguments.out, "read"))
     names = [picture.name for picture in pictures if picture is not None]
     page = markdown(entries, results.identity, results.about, names)
     arguments.out.with_suffix(".md").write_text(page)
     console.print(f"{results.path} and the page and pictures beside it", highlight=False)
 
 
-def draw_quality(entries: list[dict[str, Any]], out: Path) -> Path:
-    """Quality against bytes, one curve per label and one panel per task."""
+SIZES = {
+    "held": ("quality", "kB of keys and values held, per sequence"),
+    "read": ("reads", "kB read by one decoding step, per sequence"),
+}
+"""Field of a footprint -> the picture's name, and its axis."""
+
+
+def draw_quality(entries: list[dict[str, Any]], out: Path, size: str) -> Path:
+    """Quality against bytes, one curve per label and one panel per task; size: of `SIZES`."""
     tasks = [task for task in QUALITIES if any(entry["task"] == task for entry in entries)]
     figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4.4), layout="constrained", squeeze=False)
     labels = list(dict.fromkeys(entry["label"] for entry in entries))
     marks = {label: ("osD^vP*X"[i % 8], plt.get_cmap("tab20")(i % 20)) for i, label in enumerate(labels)}
     for task, axes in zip(tasks, panels[0], strict=True):
-        for label, points in curves(entries, task).items():
+        for label, points in curves(entries, task, size).items():
             sizes, values, errors = zip(*points, strict=True)
             marker, colour = marks[label]
-            kilobytes = [size / 1000 for size in sizes]
+            kilobytes = [each / 1000 for each in sizes]
             axes.errorbar(
                 kilobytes,
                 values,
@@ -169,14 +175,14 @@ def draw_quality(entries: list[dict[str, Any]], out: Path) -> Path:
                 capsize=2,
                 label=label,
             )
-        axes.set(xscale="log", xlabel="kB of keys and values held, per sequence", title=QUALITIES[task][1])
+        axes.set(xscale="log", xlabel=SIZES[size][1], title=QUALITIES[task][1])
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
     handles = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=min(8, 2 * len(tasks)), fontsize=8
     )
-    path = out.with_name(f"{out.name}_quality.png")
+    path = out.with_name(f"{out.name}_{SIZES[size][0]}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -216,22 +222,12 @@ def draw_recall(entries: list[dict[str, Any]], out: Path) -> Path | None:
 
 def about_run(arguments: Arguments) -> dict[str, Any]:
     """What ran, on what, when."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "command": shlex.join(["python", "scripts/evaluate.py", *given]),
         "model": arguments.model.name,
         "caches": arguments.caches.name,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "processor": names[0] if names else platform.machine(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "load_before": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        **about_machine(),
     }
 
 

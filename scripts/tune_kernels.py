@@ -36,25 +36,35 @@ class Arguments:
     only: str = ""
     """Words that a candidate's operation, backend and name must hold."""
     limit_seconds: float = 480.0
-    """Nothing starts later than this."""
+    """Nothing starts later than this; what was not pruned by then is timed, or pruned by the next run."""
     workers: int = max((os.cpu_count() or 2) - 2, 1)
     """Processes that compile."""
     pruned: Path = ROOT / "docs" / "results" / "tuning_pruned.json"
     """Which candidates compile without a fault."""
 
 
-def prune(candidates: list[tune.Candidate], pruned: tune.Pruned, arguments: Arguments, deadline: float) -> None:
-    """Compiles the candidates whose verdict is not known."""
-    unknown = {candidate.case.name: candidate for candidate in candidates if pruned.get(candidate) is None}
+def prune(
+    candidates: list[tune.Candidate], pruned: tune.Pruned, arguments: Arguments, deadline: float, console: Console
+) -> None:
+    """Compiles the candidates whose verdict is not known, one of those that are the same to the compiler."""
+    unknown = {
+        candidate.compiled: candidate
+        for candidate in reversed(candidates)
+        if candidate.compiled is not None and pruned.get(candidate) is None
+    }
+    by_case = {candidate.case.name: candidate for candidate in unknown.values()}
     verdicts = gates.run(
         "compile",
-        [candidate.case for candidate in unknown.values()],
+        [candidate.case for candidate in by_case.values()],
         workers=arguments.workers,
         go_on=lambda: time.monotonic() < deadline,
         source="pallas_kernels.checks.tune:candidate_cases",
     )
     for verdict in verdicts:
-        pruned.put(unknown[verdict.case], verdict)
+        pruned.put(by_case[verdict.case], verdict)
+        if verdict.passed is not None:
+            outcome = "ok" if verdict.passed else f"pruned: {verdict.reason}"
+            console.print(f"{by_case[verdict.case].compiled}: {outcome}")
 
 
 def fastest(
@@ -91,8 +101,9 @@ def main(arguments: Arguments) -> int:
     ]
     pruned = tune.Pruned(arguments.pruned)
     if (reason := ahead_of_time.missing()) is None:
-        # On a GPU the deadline is for timing.
-        prune(candidates, pruned, arguments, deadline - arguments.limit_seconds / 2)
+        # On a GPU at least half of the time is for timing.
+        timing = 0.0 if on_gpu.missing() is not None else arguments.limit_seconds / 2
+        prune(candidates, pruned, arguments, deadline - timing, console)
     else:
         console.print(f"not pruned: {reason}")
     left = [candidate for candidate in candidates if pruned.get(candidate) is not False]

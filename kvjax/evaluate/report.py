@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from kvjax.evaluate.machine import machine_line
+
 Entry = dict[str, Any]
 
 QUALITIES = {
@@ -116,7 +118,6 @@ def heatmaps(entries: Sequence[Entry]) -> dict[str, tuple[list[str], list[str], 
 def markdown(entries: Sequence[Entry], identity: dict[str, Any], about: dict[str, Any], pictures: Sequence[str]) -> str:
     """The results as a page. pictures: file names beside it."""
     settings = identity["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     counts = {
         "text": f"{settings['text_rows']} windows",
         "recall": f"{settings['recall_count']} questions at each of {len(settings['depths'])} depths",
@@ -134,8 +135,7 @@ def markdown(entries: Sequence[Entry], identity: dict[str, Any], about: dict[str
         "one of recall or tracking nearly all. ± is the standard error over questions. Held are the bytes per sequence "
         "of pages in use in the live cache when a task ends (here text, or the first one run), scales included.",
         "",
-        f"{about['date']}, {about['processor']}, {about['cores']} cores, {about['platform']}, load before the run "
-        f"{about['load_before']:.1f}; Python {about['python']}, {versions}. Made by `{about['command']}`.",
+        f"{machine_line(about)} Made by `{about['command']}`.",
         "",
         *_markdown_table(*table(entries)),
     ]

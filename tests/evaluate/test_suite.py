@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CacheConfig, codecs, policies
+from kvjax import CacheConfig, codecs, policies, selects
 from kvjax.errors import ConfigError
 from kvjax.evaluate import suite as module
 from kvjax.evaluate.forced import Cost, Piece, forced_logits
@@ -173,6 +173,16 @@ def test_bytes_held_are_those_of_the_plan_and_fall_with_the_window() -> None:
         assert found["held"] == found["read"] == planned.total_bytes
         assert found["pool"] >= SETTINGS.batch * found["held"]
     assert held_bytes(SMALL)["held"] * 7 < held_bytes(FULL)["held"]
+
+
+def test_what_a_select_leaves_unread_is_held_but_not_read() -> None:
+    question = suite().questions("copy")[0]
+    tokens = len(question.prompt) + len(question.continuation) - 1
+    for select in (selects.Quest(2, dense_layers=1), selects.SparQ(4, 8, 2)):
+        cache = CacheConfig(select=select, page_size=4)
+        found = held_bytes(cache)
+        planned = kvjax.plan(model().config, cache, tokens, 1, dtype=model().dtype.name)
+        assert found["read"] == planned.read_bytes < planned.total_bytes == found["held"]
 
 
 def test_speed_leaves_out_what_compiled() -> None:
