@@ -225,16 +225,17 @@ def markdown(results: dict[str, Any]) -> str:
         "# What each cache holds, and how its steps age",
         "",
         f"A Llama of random float32 weights: hidden {shape['hidden']}, {shape['layers']} layers, {shape['heads']} "
-        f"query and {shape['kv_heads']} KV heads. One sequence of {shape['context']} tokens, the last 64 of them generated.",
+        f"query and {shape['kv_heads']} KV heads. One sequence of {shape['context']} tokens, the last 64 of them "
+        "generated.",
         "",
         f"{machine_line(results['machine'])} Made by `python scripts/benchmark_methods.py "
         "--out docs/results/methods_cpu`.",
         "",
         f"## Policies with room for {budget} tokens, a share of {shape['share']:.0%}",
         "",
-        "Bytes of the pages in use, read from the live cache. Scratch is what taking in the prompt needs beside weights "
-        "and pools, and gives back: one layer's prompt and the hidden states where a policy looks at attention, else a "
-        "chunk.",
+        "Bytes of the pages in use, read from the live cache. Scratch is what taking in the prompt needs beside "
+        "weights and pools, and gives back: one layer's prompt and the hidden states where a policy looks at "
+        "attention, else a chunk.",
         "",
         *memory_table(results["policies"], "Full"),
         "",
