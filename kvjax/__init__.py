@@ -17,9 +17,12 @@ from kvjax.checkpoint import load, save
 from kvjax.config import MeshConfig, ModelConfig, RopeScaling, Sampling
 from kvjax.convert.generation import sampling_defaults
 from kvjax.generate.api import Stream, extend, fork, generate, prefill, stream
+from kvjax.generate.calibrate import calibrate
 from kvjax.generate.output import GenerateOutput, Stats
+from kvjax.generate.rollback import rollback
 from kvjax.generate.sampling import LogitsProcessor, ProcessorContext
 from kvjax.generate.score import score
+from kvjax.generate.snapshot import load_state, save_state
 from kvjax.generate.state import State
 from kvjax.generate.warmup import enable_compilation_cache, warmup
 from kvjax.model import Model, init, with_encoder
@@ -46,6 +49,7 @@ __all__ = [
     "State",
     "Stats",
     "Stream",
+    "calibrate",
     "chat_prompt",
     "codecs",
     "enable_compilation_cache",
@@ -55,12 +59,15 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "load_state",
     "plan",
     "policies",
     "prefill",
     "render_chat",
+    "rollback",
     "sampling_defaults",
     "save",
+    "save_state",
     "score",
     "selects",
     "stream",

@@ -77,10 +77,13 @@ def kernel(
     )
 
 
-def tiles(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for matrices [..., rows, columns] laid out as products and TMA copies want them."""
+def tiles(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:
+    """Shared memory for matrices [..., rows, columns] laid out as products and TMA copies want them.
+
+    columns: of a tile, of which parts of the matrix must be made up: as many as fill 128 bytes, or fewer.
+    """
     bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = math.gcd(shape[-1] * bits // 8, 128)
+    swizzle = math.gcd((columns or shape[-1]) * bits // 8, 128)
     transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -90,6 +93,24 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     if JAX < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=optimized)
     return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def strided(ref: Any, step: int, first: int, layout: Any) -> jax.Array:
+    """Every step-th of the numbers of `ref` [*, *] in shared memory from `first` on, as they lie there, in `layout`."""
+    count = ref.shape[0] * ref.shape[1] // step
+    if interpreted():
+        found: jax.Array = ref[...].reshape(count, step)[:, first]
+        return found
+    # The compiler's choice of layouts knows no such view of shared memory; code given to it whole may have one.
+    from jax.experimental.mosaic import gpu as mgpu
+
+    def read(_: Any, memory: Any) -> Any:
+        view = mgpu.memref_slice(mgpu.memref_reshape(memory, (count, step)), (slice(None), first))
+        return mgpu.FragmentedArray.load_untiled(view, layout=layout.to_mgpu(), optimized=False)
+
+    returned = plgpu.ShapeDtypeStruct((count,), ref.dtype, layout=layout)
+    found = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returned)(read)(ref)
+    return found
 
 
 def filled(shape: tuple[int, ...], value: Any, layout: Any, dtype: Any = jnp.float32) -> jax.Array:

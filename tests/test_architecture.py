@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "kvjax.attention": VALUES | {"kvjax.cache", "pallas_kernels"},
     "kvjax.distributed": VALUES | {"kvjax.config", "kvjax.cache", "kvjax.model"},
     "kvjax.model": VALUES | {"kvjax.config", "kvjax.models", "kvjax.attention"},
-    "kvjax.convert": VALUES | {"kvjax.config", "kvjax.models", "kvjax.model", "kvjax.distributed"},
+    "kvjax.convert": VALUES
+    | {"kvjax.config", "kvjax.attention", "kvjax.models", "kvjax.model", "kvjax.plan", "kvjax.distributed"},
     "kvjax.checkpoint": VALUES | {"kvjax.config", "kvjax.convert", "kvjax.model", "kvjax.distributed"},
     "kvjax.chat": VALUES | {"kvjax.convert", "kvjax.model"},
     "kvjax.generate": VALUES

@@ -8,16 +8,20 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.blending import blend_step
+from kvjax.attention.calibrated import calibrated_attention, calibrated_weights
 from kvjax.attention.context import cross_paged
 from kvjax.attention.partial import attend_among, attend_over, covered, fanned, gathered, merged, turned
 from kvjax.attention.selected import selected
+from kvjax.cache.calibrated import encoded, first_of, keep_first, noted, read_back, tables_of
 from kvjax.cache.codecs import Encoded
+from kvjax.cache.codecs.calibrated import calibrated
 from kvjax.cache.codecs.waiting import waits
-from kvjax.cache.page_state import store
-from kvjax.cache.policies.optional import Attended, arrivals, observes_steps
+from kvjax.cache.page_state import ended, store
+from kvjax.cache.policies.optional import Attended, arrivals, decide, decides, observes_steps
 from kvjax.cache.policies.optional import observe as observe_weights
 from kvjax.cache.policies.protocol import EMPTY, Read
-from kvjax.cache.state import Cache, Group, with_victims
+from kvjax.cache.state import Cache, Group
 from kvjax.cache.tail import coded, newest, put_exact, settled
 from kvjax.cache.write import layer_rows, place, place_in_page, update_layer_rows
 from kvjax.typing import Held, Rotate, Scoring
@@ -81,13 +85,14 @@ class PagedAttend:
         groups, slots, before = [], [], []
         for group in cache.groups:
             policy = group.layout.policy
-            if chunk and (observes_steps(policy) or waits(group.layout.codec)):
+            if chunk and (observes_steps(policy) or decides(policy) or waits(group.layout.codec)):
                 raise ValueError(
                     f"{policy!r} with {group.layout.codec!r} takes one token a step once its prompt is in, "
                     f"got {positions.shape[1]}"
                 )
             landing = policy.slots(group.length, group.victim, cache.seen, positions)
-            groups.append(place(group, landing, positions, arrivals(policy, tokens)))
+            # Where nothing is known of a token before its layer has seen it, the layer places it.
+            groups.append(group if decides(policy) else place(group, landing, positions, arrivals(policy, tokens)))
             slots.append(landing)
             before.append((group.position, group.length) if chunk and not policy.append_only else None)
         seen = cache.seen + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
@@ -104,12 +109,13 @@ class PagedAttend:
         """Stores a layer's keys and values, unrotated, for calls with write False to read."""
         number, index = cache.cache.locate(layer)
         group = cache.cache.groups[number]
-        codec = group.layout.codec
-        key, value = codec.encode(rotate(k, positions)), None if v is None else codec.encode(v)
+        key, value = encoded(group.layout.codec, tables_of(group, index), k, v, positions, rotate)
+        group = keep_first(group, index, noted(first_of(group, index), k, v, positions))
         slots = layer_rows(group, cache.slots[number], index)
         if cache.before[number] is not None:
-            return dataclasses.replace(cache, pending={**cache.pending, layer: (key, value, slots)})
-        group = store(group, index, slots, key, value)
+            cache = dataclasses.replace(cache, pending={**cache.pending, layer: (key, value, slots)})
+        else:
+            group = store(group, index, slots, key, value)
         groups = (*cache.cache.groups[:number], group, *cache.cache.groups[number + 1 :])
         return dataclasses.replace(cache, cache=dataclasses.replace(cache.cache, groups=groups))
 
@@ -184,12 +190,17 @@ class PagedAttend:
         group, before = cache.cache.groups[number], cache.before[number]
         codec = group.layout.codec
         pending, order = dict(cache.pending), cache.order
-        if write or before is not None:
-            key = codec.encode(rotate(k, positions))
-            value = None if v is None else codec.encode(v)
+        deciding = decides(group.layout.policy)
+        if deciding:
+            decision = decide(group.layout.policy, q, k, group.layout.spec.query_factor)
+            q, landing = decision.q, layer_rows(group, cache.slots[number], index)
+            group = blend_step(group, index, landing, decision, v, positions, rotate)
+        elif write or before is not None:
+            key, value = encoded(codec, tables_of(group, index), k, v, positions, rotate)
+            group = keep_first(group, index, noted(first_of(group, index), k, v, positions))
         call = _Call(index, q, positions, rotate, scoring)
         if before is None:
-            if write:
+            if write and not deciding:
                 keep = put_exact if waits(codec) else store
                 group = keep(group, index, layer_rows(group, cache.slots[number], index), key, value)
             out, group = self._read(group, call, cache.active, observe=write)
@@ -216,21 +227,23 @@ class PagedAttend:
         for number, group in enumerate(groups):
             if waits(group.layout.codec):
                 groups[number] = settled(group, cache.active, cache.order)
-        return with_victims(dataclasses.replace(cache.cache, groups=tuple(groups)))
+        return ended(dataclasses.replace(cache.cache, groups=tuple(groups)))
 
     def _read(self, group: Group, call: _Call, active: jax.Array, observe: bool) -> tuple[jax.Array, Group]:
         """Attention over what is held, the new tokens included; scores follow where the policy wants them."""
         layout, index = group.layout, call.index
         reads = layout.policy.reads(layout.window)
-        few = None
-        if waits(layout.codec):
-            parts = self._with_tail(group, reads[0], call)
-        elif self._selects(group, call):
+        few, tail = None, newest(group, index, call.q.dtype) if waits(layout.codec) else None
+        if self._selects(group, call):
             turned_q, (read,) = call.rotate(call.q, call.positions), reads
-            few = selected(group, index, turned_q, call.positions, read.window)
+            few = selected(group, index, turned_q, call.positions, read.window, tail)
             parts = [few.attend(turned_q, call.positions, call.scoring.soft_cap, self.backend)]
+        elif tail is not None:
+            parts = [self._partial(group, group.position, coded(group, group.length - 1)[1], reads[0], call)]
         else:
             parts = [self._partial(group, group.position, group.length, read, call) for read in reads]
+        if tail is not None:
+            parts.append(self._exact(group, tail, reads[0], call))
         out, lse = merged(parts, call.scoring.sinks)
         out = out if few is None else few.completed(out)
         if not (observes_steps(layout.policy) and observe):
@@ -239,6 +252,20 @@ class PagedAttend:
         if few is not None:
             weights = few.weights(turned_q, call.positions, lse, call.scoring.soft_cap, self.backend)
             places = few.read_positions(places)
+        elif calibrated(layout.codec):
+            weights = calibrated_weights(
+                group,
+                index,
+                call.rotate(call.q, call.positions),
+                *_rows(group, group.length, index),
+                call.rotate,
+                lse=lse,
+                row_weights=jnp.ones(call.positions.shape, jnp.float32),
+                positions=_by_row(places),
+                q_positions=call.positions,
+                window=layout.window,
+                soft_cap=call.scoring.soft_cap,
+            )
         else:
             weights = paged_weights(
                 call.rotate(call.q, call.positions),
@@ -264,18 +291,18 @@ class PagedAttend:
         state = jax.tree.map(lambda old, new: update_layer_rows(group, old, new, index), group.row_state, seen)
         return after(out, weights), dataclasses.replace(group, row_state=state)
 
-    def _with_tail(self, group: Group, read: Read, call: _Call) -> list[tuple[jax.Array, jax.Array]]:
-        """What is coded, from the pages; and the newest tokens, as if each head of a sequence had a page of them."""
-        keys, values, position = newest(group, call.index, call.q.dtype)
-        before = coded(group, group.length - 1)[1]
-        paged = self._partial(group, group.position, before, read, call)
+    def _exact(
+        self, group: Group, tail: tuple[jax.Array, jax.Array | None, jax.Array], read: Read, call: _Call
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention to the newest tokens beside the pages, as if each head of a sequence had a page of them."""
+        keys, values, position = tail
 
         def by_head(x: jax.Array) -> jax.Array:
             """[B, ring, K, D] -> [B * K, 1, 1, ring, D]."""
             return jnp.moveaxis(x, 2, 1).reshape(-1, 1, 1, x.shape[1], x.shape[3])
 
         table = jnp.arange(position.shape[0] * position.shape[1]).reshape(*position.shape[:2], 1)
-        exact = paged_attention(
+        return paged_attention(
             call.rotate(call.q, call.positions),
             by_head(keys),
             None if values is None else by_head(values),
@@ -289,7 +316,6 @@ class PagedAttend:
             value_dim=group.layout.spec.value_dim if values is None else None,
             backend=self.backend,
         )
-        return [paged, exact]
 
     def _selects(self, group: Group, call: _Call) -> bool:
         """Whether this is a step of which a select leaves something unread."""
@@ -304,8 +330,10 @@ class PagedAttend:
         layout, q, positions = group.layout, call.q, call.positions
         reads = layout.policy.reads(layout.window)
         parts = [self._partial(group, *before, read, call) for read in reads]
-        k = layout.codec.decode(key, q.dtype)
-        v = k[..., : layout.spec.value_dim] if value is None else layout.codec.decode(value, q.dtype)
+        tables, first = tables_of(group, call.index), first_of(group, call.index)
+        k, v = read_back(
+            layout.codec, tables, first, key, value, positions, call.rotate, layout.spec.value_dim, q.dtype
+        )
         cap = call.scoring.soft_cap
         parts.append(attend_among(q, k, v, positions, positions, reads, call.rotate, cap, self.backend))
         return merged(parts, call.scoring.sinks)[0]
@@ -326,6 +354,20 @@ class PagedAttend:
             queries, sees = fanned(call.q, call.positions, read, call.rotate)
         else:
             queries, sees = call.rotate(call.q, turned(call.positions, read)), call.positions
+        if calibrated(layout.codec):
+            out, lse = calibrated_attention(
+                group,
+                index,
+                queries,
+                table,
+                lengths,
+                call.rotate,
+                positions=None if simple else covered(places, read),
+                q_positions=sees,
+                window=1 if fan else read.window,
+                soft_cap=call.scoring.soft_cap,
+            )
+            return gathered(out, lse, call.q.shape[1]) if fan else (out, lse)
         out, lse = paged_attention(
             queries,
             group.k.values,

@@ -1,7 +1,8 @@
 """A step that reads only what its select chooses: a block table of the chosen pages, or slots, in place of the row's.
 
 Every KV head chooses for itself, and a page may hold all heads of all layers. But seen flat, the pool is one of pages
-of a single layer and head, or of single slots, and it is these that the shorter table names: nothing is copied.
+of a single layer and head, or of single slots, and it is these that the shorter table names: nothing is copied. Only
+single slots of a codec whose keys share their page's scales are read out one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from kvjax.cache.page_state import flat, page_numbers
 from kvjax.cache.policies.protocol import EMPTY
 from kvjax.cache.selects import Chosen, View
 from kvjax.cache.state import Group
+from kvjax.cache.tail import beside, codec_of, coded
 from kvjax.cache.write import layer_rows
 from pallas_kernels import paged_attention, paged_weights
 
@@ -105,22 +107,35 @@ class Selected:
         return jnp.where(jnp.moveaxis(read, 1, 0), position, EMPTY)
 
 
-def selected(group: Group, index: Any, q: jax.Array, q_positions: jax.Array, window: int | None) -> Selected:
+def selected(
+    group: Group,
+    index: Any,
+    q: jax.Array,
+    q_positions: jax.Array,
+    window: int | None,
+    tail: tuple[jax.Array, jax.Array | None, jax.Array] | None = None,
+) -> Selected:
     """What the group's select chooses for rotated queries q [B, 1, H, D] of the layer at `index`.
 
     Args:
       q_positions: int32[B, 1], -1 is padding. window: only positions less than this far behind; None: all.
+      tail: of a codec that waits, what lies beside the pages (`newest`): it is chosen among the others.
     """
     layout, select = group.layout, group.layout.select
     assert select is not None
     size, heads = layout.page_size, layout.spec.kv_heads
     pages = page_numbers(group, layer_rows(group, group.table, index), index)
-    held = jnp.moveaxis(layer_rows(group, group.position, index), 0, 1)
+    held = layer_rows(group, group.position, index)
+    if tail is not None:
+        in_pages = coded(group, layer_rows(group, group.length, index) - 1)[1]
+        held = jnp.where(jnp.arange(held.shape[-1]) < in_pages[..., None], held, EMPTY)
+    held = jnp.moveaxis(held, 0, 1)
     if window is not None:
         held = jnp.where(held > q_positions[:, :, None] - window, held, EMPTY)
     position = jnp.broadcast_to(held.reshape(*held.shape[:2], -1, size), (*pages.shape, size))
     grouped = q.reshape(q.shape[0], heads, -1, q.shape[-1])
-    chosen = select.choose(grouped, View(jax.tree.map(flat, group.page_state), pages, position))
+    others = None if tail is None else beside(group, index, tail)
+    chosen = select.choose(grouped, View(jax.tree.map(flat, group.page_state), pages, position, others))
 
     some, real = jnp.maximum(chosen.picks, 0), chosen.picks >= 0
     if select.unit == "page":
@@ -134,17 +149,42 @@ def selected(group: Group, index: Any, q: jax.Array, q_positions: jax.Array, win
     positions = jnp.take_along_axis(flattened, jnp.minimum(slots, held.shape[-1] - 1), axis=-1)
 
     def units(pool: jax.Array) -> jax.Array:
-        tail = pool.shape[4:]
-        return pool.reshape(-1, 1, 1, unit, *tail)
+        # A leaf that has one of something for a whole page keeps it.
+        return pool.reshape(-1, 1, 1, min(unit, pool.shape[3]), *pool.shape[4:])
 
+    if tail is None or select.unit == "page":
+        k, v = jax.tree.map(units, group.k), None if group.v is None else jax.tree.map(units, group.v)
+        table, lengths = jnp.where(real, table, EMPTY), jnp.sum(real, axis=-1, dtype=jnp.int32) * unit
+    else:
+        k, v = _picked(group, jnp.take_along_axis(pages, some // size, axis=-1), some % size, q.dtype)
+        table = jnp.arange(some.shape[0] * heads).reshape(*some.shape[:2], 1)
+        lengths = jnp.full(some.shape[:2], some.shape[2], jnp.int32)
     return Selected(
-        k=jax.tree.map(units, group.k),
-        v=None if group.v is None else jax.tree.map(units, group.v),
-        table=jnp.where(real, table, EMPTY),
-        lengths=jnp.sum(real, axis=-1, dtype=jnp.int32) * unit,
+        k=k,
+        v=v,
+        table=table,
+        lengths=lengths,
         positions=jnp.where(slots < held.shape[-1], positions, EMPTY),
         slots=slots,
         width=held.shape[-1],
         value_dim=layout.spec.value_dim if group.v is None else None,
         chosen=chosen,
     )
+
+
+def _picked(group: Group, pages: jax.Array, offsets: jax.Array, dtype: Any) -> tuple[Encoded, Encoded | None]:
+    """Single coded tokens int32[B, K, n] read out: each head of a sequence has a page of them, [B * K, 1, 1, n, *]."""
+    codec = codec_of(group.layout)
+
+    def at(pool: Encoded, scales: jax.Array | int) -> Encoded:
+        assert pool.scale is not None
+        assert pool.minimum is not None
+        return Encoded(
+            flat(pool.values)[pages, offsets], flat(pool.scale)[pages, scales], flat(pool.minimum)[pages, scales]
+        )
+
+    def alone(x: jax.Array) -> Encoded:
+        return Encoded(x.reshape(-1, 1, 1, *x.shape[2:]))
+
+    keys = alone(codec.read_keys(at(group.k, 0), dtype))
+    return keys, None if group.v is None else alone(codec.read_values(at(group.v, offsets), dtype))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kvjax.cache.codecs import Codec, Dense
+from kvjax.cache.codecs.calibrated import check_calibrated
 from kvjax.cache.codecs.waiting import check_waiting
 from kvjax.cache.named import method_named
 from kvjax.cache.policies import Full, Policy
@@ -73,7 +74,8 @@ class CacheConfig:
                 ) from error
         if self.select is not None:
             check_select(self.select, self.policy)
-        check_waiting(self.codec, self.policy, self.page_size, self.select)
+        check_waiting(self.codec, self.policy, self.page_size)
+        check_calibrated(self.codec, self.policy, self.select)
         overrides = []
         taken: set[int] = set()
         for override in self.overrides:

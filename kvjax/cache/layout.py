@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codecs import Codec
+from kvjax.cache.codecs.calibrated import calibrated, first_tokens
 from kvjax.cache.codecs.waiting import check_waiting, waits
 from kvjax.cache.config import CacheConfig
 from kvjax.cache.policies import Full, Policy, SlidingWindow
-from kvjax.cache.policies.optional import placed
+from kvjax.cache.policies.optional import decides, placed
 from kvjax.cache.selects import Select
 from kvjax.errors import ConfigError
 
@@ -30,6 +31,8 @@ class KVSpec:
       value_in_key: the value is the first value_dim elements of the key (MLA): nothing else is stored.
       rebuilt: keys and values are rebuilt on every read from what is held of a token and of the one before it: the key
         as stored, and the value, int32 token ids that no codec touches (GoldFinch).
+      query_factor: what queries have been multiplied by when they come to `attend`, which itself divides scores by the
+        root of their width: 1 but for models whose scores are scaled otherwise.
     """
 
     layers: int
@@ -38,6 +41,7 @@ class KVSpec:
     value_dim: int
     value_in_key: bool = False
     rebuilt: bool = False
+    query_factor: float = 1.0
 
     @property
     def elements_per_token(self) -> int:
@@ -91,7 +95,9 @@ class GroupLayout:
     @property
     def bytes_per_vector_pair(self) -> int:
         """Bytes of one token's key and value in one head, scales included."""
-        key = self.codec.bytes_per_vector(self.spec.key_dim, self.dtype)
+        # Optional: a codec may code keys in another way than values.
+        of_key = getattr(self.codec, "bytes_per_key", self.codec.bytes_per_vector)
+        key: int = of_key(self.spec.key_dim, self.dtype)
         if self.spec.value_in_key:
             return key
         if self.spec.rebuilt:
@@ -125,12 +131,12 @@ class GroupLayout:
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes that one sequence's exact newest tokens take beside the pages, whatever its length."""
+        """Bytes that one sequence's exact tokens take beside the pages, the newest or first, whatever its length."""
         codec: Any = self.codec
-        if not waits(codec):
-            return 0
         width = self.spec.key_dim + (0 if self.spec.value_in_key else self.spec.value_dim)
-        return len(self.layers) * self.spec.kv_heads * codec.ring * width * jnp.dtype(self.dtype).itemsize
+        # First tokens lie there in float16.
+        each = codec.ring * jnp.dtype(self.dtype).itemsize if waits(codec) else 2 * first_tokens(codec)
+        return len(self.layers) * self.spec.kv_heads * width * each
 
     @property
     def bytes_per_token(self) -> int:
@@ -188,6 +194,11 @@ def group_layers(
                 "keys are rebuilt from all that is held; use a codec that codes each token by itself, such as "
                 "codecs.Int4()"
             )
+        if spec.rebuilt and calibrated(config.codec):
+            raise ConfigError(
+                f"{config.codec!r} cannot serve this model: it was made for keys and values, and what this model holds "
+                "are token ids and what keys are rebuilt from; use another codec, such as codecs.Int4()"
+            )
         if spec.rebuilt and not (config.policy.in_order and config.policy.append_only):
             raise ConfigError(
                 f"{config.policy!r} cannot serve this model: its keys are rebuilt from each token and the one before, "
@@ -218,6 +229,11 @@ def group_layers(
 def context_layout(spec: KVSpec, cache: CacheConfig, dtype: str) -> GroupLayout:
     """The group of an encoded context: held whole and in order, in the cache's codec and pages; sized by the call."""
     dtype = jnp.dtype(dtype).name
+    if calibrated(cache.codec):
+        raise ConfigError(
+            f"CacheConfig.codec={cache.codec!r} cannot hold an encoded context: it is calibrated on the decoder's own "
+            "keys and values, and a context is neither; take another codec, such as codecs.Int4()"
+        )
     check_widths(cache.codec, spec)
     if waits(cache.codec):
         raise ConfigError(
@@ -239,6 +255,9 @@ def check_widths(codec: Codec, spec: KVSpec) -> None:
     Raises:
       ConfigError: the codec cannot code the model's keys or values.
     """
+    if calibrated(codec):
+        known: Any = codec
+        known.check_model(spec.layers, spec.kv_heads, spec.key_dim, spec.value_in_key)
     check = getattr(codec, "check_width", None)
     if check is None:
         return
@@ -269,4 +288,4 @@ def _within_window(policy: Policy, window: int | None) -> tuple[Policy, int | No
     if isinstance(policy, SlidingWindow):
         return SlidingWindow(min(window, policy.window)), None
     policy.reads(window)  # raises where the policy would look beyond the window
-    return policy, None if not policy.observes else window
+    return policy, window if policy.observes or decides(policy) else None

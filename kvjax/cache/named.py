@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvjax.errors import ConfigError
@@ -53,6 +53,46 @@ def method_named(what: str, given: Any, source: str, more: Iterable[type] = ()) 
     except TypeError as error:
         listed = ", ".join(allowed) or "nothing"
         raise ConfigError(f"{source}: {given!r} does not give {kind.__name__} what it takes ({listed})") from error
+
+
+def method_table(method: Any, keep: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    """The table from which `method_named` makes an equal method: its class's name, and the arguments it takes.
+
+    Args:
+      keep: makes something plain of an argument that is not; None: such a one is refused.
+
+    Raises:
+      ConfigError: an argument is no attribute of the same name, or not plain.
+    """
+    kind = type(method)
+    table: dict[str, Any] = {"name": kind.__name__}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name == "name" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ConfigError(f"{kind.__name__}: an argument {str(parameter)!r} cannot be written into a table")
+        if not hasattr(method, name):
+            raise ConfigError(f"{kind.__name__}: its argument {name!r} is no attribute of that name; make it one")
+        try:
+            table[name] = _plain(getattr(method, name), keep)
+        except ConfigError as error:
+            raise ConfigError(f"{kind.__name__}.{name} cannot be written into a table: {error}") from error
+    return table
+
+
+def is_ours(what: str, method: Any) -> bool:
+    """Whether a method is of a class that `method_named` finds without being given it."""
+    module = importlib.import_module(_PLACES[what][0])
+    return getattr(module, type(method).__name__, None) is type(method)
+
+
+def _plain(value: Any, keep: Callable[[Any], Any] | None) -> Any:
+    """A value as JSON and TOML hold it; a tuple becomes a list."""
+    if isinstance(value, tuple | list):
+        return [_plain(one, keep) for one in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if keep is None:
+        raise ConfigError(f"{value!r:.80} is neither a number nor a text nor a tuple of them")
+    return keep(value)
 
 
 def _kind(what: str, name: str, source: str, more: Iterable[type]) -> type:

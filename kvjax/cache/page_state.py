@@ -1,4 +1,4 @@
-"""What a select remembers of pages: made anew of whatever a page holds each time it is written."""
+"""What a select remembers of pages: made anew of whatever a page holds each time it is written, or loses something."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codecs import Encoded
-from kvjax.cache.state import Group
+from kvjax.cache.state import Cache, Group, with_victims
 from kvjax.cache.write import layer_rows, place_in_page, write
 
 
@@ -74,11 +74,8 @@ def renewed(group: Group, index: int | jax.Array, slots: jax.Array) -> Group:
     def stored(pool: jax.Array) -> jax.Array:
         return flat(pool)[pages]
 
-    keys = layout.codec.decode(jax.tree.map(stored, group.k), jnp.dtype(layout.dtype))
-    if group.v is None:
-        values = keys[..., : layout.spec.value_dim]
-    else:
-        values = layout.codec.decode(jax.tree.map(stored, group.v), jnp.dtype(layout.dtype))
+    v = None if group.v is None else jax.tree.map(stored, group.v)
+    keys, values = decoded(group, jax.tree.map(stored, group.k), v)
     held = layer_rows(group, group.position, index)
     held = held.reshape(*held.shape[:2], -1, layout.page_size)
     filled = jnp.moveaxis(jnp.take_along_axis(held, entries[..., None], axis=2) >= 0, 0, 1)
@@ -93,3 +90,68 @@ def renewed(group: Group, index: int | jax.Array, slots: jax.Array) -> Group:
         return old.at[target, pages // heads % layers, pages % heads].set(new.astype(old.dtype), mode="drop")
 
     return dataclasses.replace(group, page_state=jax.tree.map(put, group.page_state, state))
+
+
+PAGES_PER_TRIP = 16
+"""Pages whose state is renewed per trip of a loop, in one layer: a bound on its temporaries, whatever the pool."""
+
+
+def ended(cache: Cache) -> Cache:
+    """What ends a step, or a prompt: `with_victims`, and state renewed of pages from which tokens left for good."""
+    after = with_victims(cache)
+    groups = tuple(_emptied(old, new) for old, new in zip(cache.groups, after.groups, strict=True))
+    return dataclasses.replace(after, groups=groups)
+
+
+def _emptied(before: Group, group: Group) -> Group:
+    """The group, its state renewed of pages with slots that `before` still had filled; where none has, at no cost."""
+    layout = group.layout
+    if layout.select is None or group.position is before.position:
+        return group
+    select, size, layers = layout.select, layout.page_size, layout.layers_per_page
+    gone = (before.position >= 0) & (group.position < 0)
+    lost = jnp.any(gone.reshape(*group.table.shape, size), axis=-1) & (group.table >= 0)
+    most = -(-lost.size // PAGES_PER_TRIP) * PAGES_PER_TRIP
+    count = jnp.sum(lost, dtype=jnp.int32)
+    listed = jax.lax.cond(
+        count > 0,
+        lambda: jnp.nonzero(lost.reshape(-1), size=most, fill_value=lost.size)[0].astype(jnp.int32),
+        lambda: jnp.full(most, lost.size, jnp.int32),
+    )
+    table, filled = group.table.reshape(-1), group.position.reshape(-1, size) >= 0
+
+    def more(carry: tuple) -> jax.Array:
+        return carry[0] < -(-count // PAGES_PER_TRIP) * layers
+
+    def renew(carry: tuple) -> tuple:
+        # Pools go through the loop, so that whatever writes to them next waits for it.
+        trip, k, v, state = carry
+        entries = jax.lax.dynamic_slice_in_dim(listed, trip // layers * PAGES_PER_TRIP, PAGES_PER_TRIP)
+        real = entries < lost.size
+        entries = jnp.minimum(entries, lost.size - 1)
+        pages, layer = table[entries], jnp.broadcast_to(trip % layers, entries.shape)
+
+        def stored(pool: jax.Array) -> jax.Array:
+            return pool[jnp.maximum(pages, 0), layer]
+
+        keys, values = decoded(group, jax.tree.map(stored, k), None if v is None else jax.tree.map(stored, v))
+        held = jnp.broadcast_to(filled[entries][:, None], keys.shape[:-1])
+        target = jnp.where(real, pages, group.num_pages)  # out of range: dropped
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[target, layer].set(new.astype(old.dtype), mode="drop")
+
+        return trip + 1, k, v, jax.tree.map(put, state, select.summary(keys, values, held))
+
+    first = jnp.zeros((), jnp.int32)
+    _, k, v, state = jax.lax.while_loop(more, renew, (first, group.k, group.v, group.page_state))
+    return dataclasses.replace(group, k=k, v=v, page_state=state)
+
+
+def decoded(group: Group, k: Encoded, v: Encoded | None) -> tuple[jax.Array, jax.Array]:
+    """Stored entries [..., *] -> keys [..., D] and values [..., Dv] in the model's dtype."""
+    layout = group.layout
+    keys = layout.codec.decode(k, jnp.dtype(layout.dtype))
+    if v is None:
+        return keys, keys[..., : layout.spec.value_dim]
+    return keys, layout.codec.decode(v, jnp.dtype(layout.dtype))

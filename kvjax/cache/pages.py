@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.policies.optional import with_rows
 from kvjax.cache.policies.protocol import EMPTY
 from kvjax.cache.state import Cache, Group
 
@@ -106,6 +107,17 @@ def release(cache: Cache, which: jax.Array) -> Cache:
     return take(cache, jnp.where(which, EMPTY, jnp.arange(cache.batch)))
 
 
+def truncate(cache: Cache, seen: jax.Array) -> Cache:
+    """The cache without all but the first seen int32[B] tokens of each sequence: no more than it has seen.
+
+    For rows to which tokens were only added, in the order of their positions. Pages that become empty return to the
+    pool, others stay as they are: what a select remembers of a page is made anew when the next token lands in it,
+    which is before a step reads it.
+    """
+    groups = tuple(_truncate(group, seen) for group in cache.groups)
+    return dataclasses.replace(cache, groups=groups, seen=jnp.minimum(cache.seen, seen))
+
+
 def resize(cache: Cache, pages: tuple[tuple[int, int], ...]) -> Cache:
     """Widens tables and pools to (pages per row, pages in the pool) per group, those of a context last.
 
@@ -188,7 +200,38 @@ def _take(group: Group, chosen: jax.Array, alive: jax.Array) -> Group:
         keep = alive.reshape(1, -1, *(1,) * (array.ndim - 2))
         return jnp.where(keep, array[:, chosen], jnp.asarray(empty, array.dtype))
 
-    table = pick(group.table, EMPTY)
+    return dataclasses.replace(
+        _holding(group, pick(group.table, EMPTY)),
+        length=pick(group.length, 0),
+        position=pick(group.position, EMPTY),
+        victim=pick(group.victim, EMPTY),
+        row_state=jax.tree.map(lambda state: pick(state, 0), group.row_state),
+        settled=jax.tree.map(lambda state: pick(state, 0), group.settled),
+        tail=jax.tree.map(lambda state: pick(state, 0), group.tail),
+    )
+
+
+def _truncate(group: Group, seen: jax.Array) -> Group:
+    position = jnp.where(group.position < seen[:, None], group.position, EMPTY)
+    slots = jnp.arange(position.shape[2], dtype=jnp.int32)
+    length = jnp.max(jnp.where(position >= 0, slots + 1, 0), axis=2)
+    kept = slots < length[..., None]
+    row_state = {
+        name: jnp.where(kept.reshape(*kept.shape, *(1,) * (state.ndim - 3)), state, jnp.zeros((), state.dtype))
+        for name, state in group.row_state.items()
+    }
+    starts = jnp.arange(group.table.shape[2]) * group.layout.page_size
+    return dataclasses.replace(
+        _holding(group, jnp.where(starts < length[..., None], group.table, EMPTY)),
+        position=position,
+        length=length,
+        row_state=row_state,
+        victim=group.layout.policy.victims(with_rows(row_state, group.settled), position, length),
+    )
+
+
+def _holding(group: Group, table: jax.Array) -> Group:
+    """The group with another table of pages it holds already; pages that nobody holds any more are free."""
     # References beyond the table's own (a prefix tree's holds) stay as they are.
     refs = group.refs - _count(group.table, group.num_pages) + _count(table, group.num_pages)
     freed = (group.refs > 0) & (refs == 0)
@@ -198,12 +241,6 @@ def _take(group: Group, chosen: jax.Array, alive: jax.Array) -> Group:
     return dataclasses.replace(
         group,
         table=table,
-        length=pick(group.length, 0),
-        position=pick(group.position, EMPTY),
-        victim=pick(group.victim, EMPTY),
-        row_state=jax.tree.map(lambda state: pick(state, 0), group.row_state),
-        settled=jax.tree.map(lambda state: pick(state, 0), group.settled),
-        tail=jax.tree.map(lambda state: pick(state, 0), group.tail),
         free=free,
         top=group.top + jnp.sum(freed, dtype=jnp.int32),
         refs=refs,

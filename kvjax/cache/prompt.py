@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.codecs.waiting import waits
+from kvjax.cache.layout import GroupLayout
 from kvjax.cache.page_state import store
 from kvjax.cache.pages import take_for
-from kvjax.cache.policies.optional import arrivals, settle, takes_late, with_rows
+from kvjax.cache.policies.optional import arrivals, decides, merge, merges, settle, takes_late, with_rows
 from kvjax.cache.policies.protocol import EMPTY, RowState
 from kvjax.cache.state import Group
 from kvjax.cache.tail import put_prompt
@@ -49,7 +50,7 @@ def keep_prompt(
     known = {} if tokens is None else arrivals(policy, tokens)
     view = _rows_of(group, index)
     state: RowState = {}
-    if policy.observes:
+    if policy.observes or decides(policy):
         if isinstance(weights, dict):
             state = weights
         else:
@@ -57,6 +58,12 @@ def keep_prompt(
             state = policy.observe(blank, jnp.moveaxis(weights, 1, 0), lengths > 0)
         state = {**state, **{name: jnp.broadcast_to(value, (rows, batch, count)) for name, value in known.items()}}
         where = jnp.broadcast_to(positions, (rows, batch, count))
+        if merges(policy):
+            keys = jnp.moveaxis(group.layout.codec.decode(k, jnp.float32), 2, 0)
+            state = {**state, **merge(policy, state, where, keys, index)}
+            into, share = state["into"], state["share"]
+            k = _blended(group.layout, k, into, share)
+            v = None if v is None else _blended(group.layout, v, into, share)
         settled = settle(policy, state, where, index)
         kept = policy.keep(with_rows(state, settled), where)
         slots = jnp.where(kept, jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1, EMPTY)
@@ -76,6 +83,29 @@ def keep_prompt(
     if waits(group.layout.codec):
         return put_prompt(group, index, slots, k.values, None if v is None else v.values), kept
     return store(group, index, slots, k, v), kept
+
+
+def _blended(layout: GroupLayout, stored: Encoded, into: jax.Array, share: jax.Array) -> Encoded:
+    """A layer's encoded prompt, leaves [B, T, K, ...], what others become a part of blended and encoded anew.
+
+    into int32[r, B, T] and share float32[r, B, T] say which goes where with which weight. Entries by themselves stay as
+    they are: coding them again could change them.
+    """
+    x = layout.codec.decode(stored, jnp.float32)
+
+    def by_head(rows: jax.Array) -> jax.Array:
+        return jnp.moveaxis(jnp.broadcast_to(rows, (x.shape[2], *rows.shape[1:])), 0, 2)
+
+    target, weight = by_head(into), by_head(share)
+    where = (jnp.arange(x.shape[0])[:, None, None], target, jnp.arange(x.shape[2]))
+    mean = jnp.zeros_like(x).at[where].add(weight[..., None] * x)
+    several = jnp.zeros(target.shape, jnp.int32).at[where].add(1) > 1
+    fresh = layout.codec.encode(mean.astype(layout.dtype))
+
+    def one(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(several.reshape(*several.shape, *(1,) * (old.ndim - 3)), new.astype(old.dtype), old)
+
+    return jax.tree.map(one, fresh, stored)
 
 
 def _rows_of(group: Group, index: int | jax.Array) -> Group:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codecs import Encoded
+from kvjax.cache.codecs.calibrated import calibrated, first_tokens
 from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.layout import GroupLayout
 from kvjax.cache.policies.optional import evicted, unsettled, with_rows
@@ -36,7 +37,9 @@ class Group:
       settled: name -> [R, B], what a sequence's prompt has settled about each row, for policies that settle anything.
       page_state: name -> [P, layers_per_page, heads_per_page, ...], what the select remembers of pages.
       tail: "k" and "v" -> [L, B, ring, K, *], the newest tokens in the model's dtype, for codecs that wait: all L
-        layers of the group, and for "v" only where values have a pool.
+        layers of the group, and for "v" only where values have a pool. For calibrated codecs the first tokens, by their
+        position, float16[L, B, first, K, *].
+      tables: name -> [L, ...], what a calibrated codec goes by: the model's, not the sequences'.
       missing: int32[], pages that a prompt was found to need beyond those free.
       free: int32[P], a stack of free page numbers, of which the first `top` int32[] count.
       refs: int32[P], how many table entries hold each page.
@@ -61,6 +64,7 @@ class Group:
     missing: jax.Array | int = 0
     page_state: PageState = dataclasses.field(default_factory=dict)
     tail: Tail = dataclasses.field(default_factory=dict)
+    tables: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     @property
     def num_pages(self) -> int:
@@ -131,15 +135,10 @@ def empty_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded | 
     if waits(layout.codec):
         return _coded_pool(layout, num_pages)
 
-    def pool(width: int) -> Encoded:
-        one = jax.eval_shape(layout.codec.encode, jax.ShapeDtypeStruct((1, width), layout.dtype))
-        return jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape[1:]), leaf.dtype), one)
-
-    if layout.spec.value_in_key:
-        return pool(layout.spec.key_dim), None
-    if layout.spec.rebuilt:
-        return pool(layout.spec.key_dim), Encoded(jnp.zeros((*lead, layout.spec.value_dim), jnp.int32))
-    return pool(layout.spec.key_dim), pool(layout.spec.value_dim)
+    made: tuple[Encoded, Encoded | None] = jax.tree.map(
+        lambda leaf: jnp.zeros((*lead, *leaf.shape[1:]), leaf.dtype), token_shapes(layout)
+    )
+    return made
 
 
 def _coded_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded | None]:
@@ -155,14 +154,37 @@ def _coded_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded |
     return keys, None if layout.spec.value_in_key else pool(codec.code_values, layout.spec.value_dim)
 
 
-def empty_tail(layout: GroupLayout, batch: int) -> Tail:
-    """Tails of B sequences that hold nothing; none where the codec does not wait."""
+def token_shapes(layout: GroupLayout) -> tuple[Encoded, Encoded | None]:
+    """Shapes of one layer's key and value of a token as they are encoded, leaves [K, ...]; value None: in the key."""
     codec: Any = layout.codec
-    if not waits(codec):
+    spec = layout.spec
+
+    def shapes(encode: Callable[..., Encoded], width: int) -> Encoded:
+        vectors = jax.ShapeDtypeStruct((spec.kv_heads, width), layout.dtype)
+        if not calibrated(codec):
+            return jax.eval_shape(encode, vectors)
+        # Of any one layer: shapes do not depend on it.
+        return jax.eval_shape(lambda x: encode(x, jax.tree.map(lambda t: t[0], codec.tables(layout.layers))), vectors)
+
+    apart = calibrated(codec)
+    key = shapes(codec.encode_keys if apart else codec.encode, spec.key_dim)
+    if spec.value_in_key:
+        return key, None
+    if spec.rebuilt:
+        return key, Encoded(jax.ShapeDtypeStruct((spec.kv_heads, spec.value_dim), jnp.int32))
+    return key, shapes(codec.encode_values if apart else codec.encode, spec.value_dim)
+
+
+def empty_tail(layout: GroupLayout, batch: int) -> Tail:
+    """Tails of B sequences that hold nothing; none where the codec keeps no token beside the pages."""
+    codec: Any = layout.codec
+    count = codec.ring if waits(codec) else first_tokens(codec)
+    if not count:
         return {}
-    lead = (len(layout.layers), batch, codec.ring, layout.spec.kv_heads)
-    tail = {"k": jnp.zeros((*lead, layout.spec.key_dim), layout.dtype)}
-    return tail if layout.spec.value_in_key else tail | {"v": jnp.zeros((*lead, layout.spec.value_dim), layout.dtype)}
+    dtype = layout.dtype if waits(codec) else "float16"
+    lead = (len(layout.layers), batch, count, layout.spec.kv_heads)
+    tail = {"k": jnp.zeros((*lead, layout.spec.key_dim), dtype)}
+    return tail if layout.spec.value_in_key else tail | {"v": jnp.zeros((*lead, layout.spec.value_dim), dtype)}
 
 
 def empty_page_state(layout: GroupLayout, num_pages: int) -> PageState:
@@ -174,6 +196,7 @@ def empty_page_state(layout: GroupLayout, num_pages: int) -> PageState:
 def empty_group(layout: GroupLayout, batch: int, pages_per_row: int, num_pages: int) -> Group:
     """A group that holds nothing: B sequences, N pages per row, P pages."""
     rows, slots = layout.rows, pages_per_row * layout.page_size
+    codec: Any = layout.codec
     k, v = empty_pool(layout, num_pages)
     nothing = jnp.full((rows, batch), EMPTY, jnp.int32)
     return Group(
@@ -195,6 +218,7 @@ def empty_group(layout: GroupLayout, batch: int, pages_per_row: int, num_pages: 
         missing=jnp.zeros((), jnp.int32),
         page_state=empty_page_state(layout, num_pages),
         tail=empty_tail(layout, batch),
+        tables=codec.tables(layout.layers) if calibrated(codec) else {},
     )
 
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from kvjax.cache.codecs import KIVI, Encoded
 from kvjax.cache.layout import GroupLayout
 from kvjax.cache.policies.protocol import EMPTY
+from kvjax.cache.selects import Beside
+from kvjax.cache.selects.protocol import PageState
 from kvjax.cache.state import Group
 from kvjax.cache.write import layer_rows, place_in_page
 
@@ -30,6 +32,19 @@ def coded(group: Group, length: jax.Array) -> tuple[jax.Array, jax.Array]:
     residual = codec_of(group.layout).residual
     keys = jnp.maximum(length - length % residual, 0)
     return keys, keys if group.v is None else jnp.maximum(length - residual, 0)
+
+
+def shortest(group: Group, length: jax.Array) -> jax.Array:
+    """The fewest tokens that rows of `length` int32[...] can be cut back to and be as if they had never held more.
+
+    What would not be coded yet must still lie in the ring: a page keeps only codes. With values apart from the keys,
+    that is one token less, or any number while nothing has left the ring.
+    """
+    codec = codec_of(group.layout)
+    oldest = jnp.maximum(length - codec.ring, 0)
+    keys = -(-oldest // codec.residual) * codec.residual
+    values = 0 if group.layout.spec.value_in_key else jnp.where(oldest > 0, oldest + codec.residual, 0)
+    return jnp.maximum(keys, values)
 
 
 def ring_slots(group: Group, length: jax.Array) -> jax.Array:
@@ -93,16 +108,37 @@ def put_prompt(group: Group, index: int | jax.Array, slots: jax.Array, k: jax.Ar
     codes = codec.code_keys(keys.reshape(*keys.shape[:2], -1, size, keys.shape[-1]))
     where = (page, layer, head[:, None])
     new_k = jax.tree.map(lambda pool, leaf: pool.at[where].set(leaf, mode="drop"), group.k, codes)
-    tail, new_v = {"k": ring(group.tail["k"], keys)}, None
-    if v is not None:
-        values, slot = by_slot(v), jnp.arange(width)
+    tail, new_v, state = {"k": ring(group.tail["k"], keys)}, None, group.page_state
+    values = None if v is None else by_slot(v)
+    if layout.select is not None:
+        exact = None if values is None else values.reshape(*codes.values.shape[:4], -1)
+        summed = _summary(group, codes, exact)
+        state = jax.tree.map(lambda old, new: old.at[where].set(new.astype(old.dtype), mode="drop"), state, summed)
+    if values is not None:
+        slot = jnp.arange(width)
         page = page_of(slot // size, slot < values_coded[..., None])
         there = (page, layer, head[:, None], slot % size)
         new_v = jax.tree.map(
             lambda pool, leaf: pool.at[there].set(leaf, mode="drop"), group.v, codec.code_values(values)
         )
         tail["v"] = ring(group.tail["v"], values)
-    return dataclasses.replace(group, k=new_k, v=new_v, tail=tail)
+    return dataclasses.replace(group, k=new_k, v=new_v, tail=tail, page_state=state)
+
+
+def _summary(group: Group, codes: Encoded, v: jax.Array | None) -> PageState:
+    """What the select remembers of pages: of coded keys [..., group, *] and of values [..., group, Dv], still exact.
+
+    These it counts as they will be coded: what a page holds is then told by no sequence's length, and may be shared.
+    """
+    layout, codec = group.layout, codec_of(group.layout)
+    assert layout.select is not None
+    dtype = jnp.dtype(layout.dtype)
+    keys = codec.read_keys(codes, dtype)
+    if v is None:
+        values = keys[..., : layout.spec.value_dim]
+    else:
+        values = codec.read_values(codec.code_values(v), dtype)
+    return layout.select.summary(keys, values, jnp.ones(keys.shape[:-1], bool))
 
 
 def settled(group: Group, active: jax.Array, order: jax.Array | int) -> Group:
@@ -137,6 +173,22 @@ def settled(group: Group, active: jax.Array, order: jax.Array | int) -> Group:
     page = page_of(starts // size, due[..., None], row[..., None], batch[..., None])
     where = (page, place[..., None], within[:, None])
     new_k = jax.tree.map(lambda pool, leaf: pool.at[where].set(leaf, mode="drop"), group.k, codes)
+
+    def remember(index: jax.Array, state: PageState) -> PageState:
+        """What the select remembers of the pages coded now, of one layer."""
+        rings = slots[index] % codec.ring
+        k, v = (
+            x[index, batch[..., None], rings, head[:, None]].reshape(*starts.shape[1:], size, -1)
+            for x in (group.tail["k"], group.tail.get("v", group.tail["k"]))
+        )
+        new = _summary(group, codec.code_keys(k), None if group.v is None else v)
+        there = (page[index], jnp.broadcast_to(place, page[..., 0].shape)[index][..., None], within[:, None])
+        return jax.tree.map(lambda old, leaf: old.at[there].set(leaf.astype(old.dtype), mode="drop"), state, new)
+
+    if layout.select is not None:
+        # A loop, so that steps that code no keys pay nothing for it.
+        trips = jnp.where(jnp.any(due), layers, 0) + order
+        group = dataclasses.replace(group, page_state=jax.lax.fori_loop(0, trips, remember, group.page_state))
     if group.v is None:
         return dataclasses.replace(group, k=new_k)
     slot = length - codec.ring
@@ -185,6 +237,26 @@ def newest(group: Group, index: int | jax.Array, dtype: Any) -> tuple[jax.Array,
     stored = Encoded(picked(group.k.values, offset), picked(group.k.scale, 0), picked(group.k.minimum, 0))
     from_pages = jnp.moveaxis(jnp.broadcast_to(slots < keys_coded[..., None], (heads, *slots.shape[1:])), 0, 2)
     return jnp.where(from_pages[..., None], codec.read_keys(stored, dtype), keys), values, position
+
+
+def beside(group: Group, index: int | jax.Array, tail: tuple[jax.Array, jax.Array | None, jax.Array]) -> Beside:
+    """What `newest` found, as the group's select is told of it."""
+    layout, codec = group.layout, codec_of(group.layout)
+    keys, values, position = tail
+    keys = jnp.moveaxis(keys, 2, 1)
+    held = (position >= 0)[..., None]
+    if values is None:
+        total = jnp.sum(jnp.where(held, keys[..., : layout.spec.value_dim].astype(jnp.float32), 0), axis=2)
+        return Beside(keys, position, total)
+    length = layer_rows(group, group.length, index)
+    # Keys are coded by whole pages, values one by one: of the page that these have come to, all values are remembered.
+    values_coded = coded(group, length - 1)[1]
+    remembered = ring_slots(group, length) < (-(-values_coded // layout.page_size) * layout.page_size)[..., None]
+    remembered = jnp.broadcast_to(jnp.moveaxis(remembered, 0, 1), position.shape)[..., None]
+    values = jnp.moveaxis(values, 2, 1)
+    later = codec.read_values(codec.code_values(values), jnp.dtype(layout.dtype)).astype(jnp.float32)
+    total = jnp.sum(jnp.where(held, values.astype(jnp.float32) - jnp.where(remembered, later, 0), 0), axis=2)
+    return Beside(keys, position, total)
 
 
 def _by_head(rows: jax.Array, heads: int) -> jax.Array:

@@ -19,7 +19,7 @@ def place(group: Group, slots: jax.Array, positions: jax.Array, remembered: RowS
     """Marks slots int32[R, B, T] as holding the tokens at positions int32[B, T]; slot -1 is not stored.
 
     What the policy remembered of an overwritten slot is forgotten; of the new tokens it remembers `remembered`, name ->
-    [B, T], and else zeros.
+    [B, T] or [R, B, T], and else zeros.
     """
     rows, batch = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[None, :, None]
     target = jnp.where(slots >= 0, slots, group.position.shape[2])
@@ -51,6 +51,32 @@ def update_layer_rows(group: Group, array: jax.Array, rows: jax.Array, index: in
     if group.layout.policy.rows == "shared":
         return rows
     return jax.lax.dynamic_update_slice_in_dim(array, rows, index * group.layout.rows_per_layer, axis=0)
+
+
+def place_in_layer(
+    group: Group, index: int | jax.Array, slots: jax.Array, positions: jax.Array, remembered: RowState
+) -> Group:
+    """`place` in the rows of the layer at `index` alone, slots int32[r, B, T]: for tokens that it finds a slot for."""
+
+    def rows(state: jax.Array) -> jax.Array:
+        return layer_rows(group, state, index)
+
+    def renewed(state: jax.Array, new: jax.Array) -> jax.Array:
+        return update_layer_rows(group, state, new, index)
+
+    view = dataclasses.replace(
+        group,
+        position=rows(group.position),
+        length=rows(group.length),
+        row_state=jax.tree.map(rows, group.row_state),
+    )
+    view = place(view, slots, positions, remembered)
+    return dataclasses.replace(
+        group,
+        position=renewed(group.position, view.position),
+        length=renewed(group.length, view.length),
+        row_state=jax.tree.map(renewed, group.row_state, view.row_state),
+    )
 
 
 def place_in_page(group: Group, index: int | jax.Array) -> jax.Array:

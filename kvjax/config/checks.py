@@ -161,3 +161,21 @@ def check_encoder(config: ModelConfig) -> None:
             "an encoder's layers are plain and see the whole chunk: drop its own encoder, latent attention, "
             "goldfinch, owners, cross_from, retention_layers and windows"
         )
+
+
+def check_merged_keys(config: ModelConfig) -> None:
+    """Which models may merge key heads after RoPE."""
+    merged = config.merged_keys
+    if merged is None:
+        return
+    if not isinstance(merged, int) or merged <= 0 or merged % config.num_kv_heads or config.num_heads % merged:
+        raise ConfigError(
+            f"merged_keys must be a multiple of num_kv_heads {config.num_kv_heads} and divide num_heads "
+            f"{config.num_heads}, got {merged!r}"
+        )
+    given = [name for name in ("latent", "goldfinch", "owners", "encoder") if getattr(config, name)]
+    if given:
+        raise ConfigError(
+            f"merged_keys merges the key heads of a layer that has its own: it goes with no {', '.join(given)}; drop "
+            "one of them"
+        )

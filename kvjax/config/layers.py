@@ -18,6 +18,8 @@ class Latent:
       v_head_dim: columns of a head's value.
       interleaved: RoPE turns channels (2i, 2i + 1) together, as DeepSeek's weights want; else (i, i + D/2).
       norm_eps: of the norms on the latents, which DeepSeek fixes whatever the model's own is.
+      kv_norm: the latent of keys and values is normalised, as in DeepSeek; converted models have no use for it.
+      q_bias: a bias on queries that come straight from the hidden state.
     """
 
     kv_lora_rank: int
@@ -27,6 +29,8 @@ class Latent:
     q_lora_rank: int | None = None
     interleaved: bool = True
     norm_eps: float = 1e-6
+    kv_norm: bool = True
+    q_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"):
@@ -35,6 +39,11 @@ class Latent:
                 raise ConfigError(f"latent {name} must be a positive integer, got {value!r}")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"latent qk_rope_head_dim must be even (RoPE turns pairs), got {self.qk_rope_head_dim}")
+        if self.q_bias and self.q_lora_rank is not None:
+            raise ConfigError(
+                f"latent q_bias is for queries without a bottleneck: with q_lora_rank={self.q_lora_rank} it must be "
+                "False; the bottleneck's own bias is the model's qkv_bias"
+            )
 
     @property
     def qk_head_dim(self) -> int:

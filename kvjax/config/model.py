@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.cache.layout import KVSpec
-from kvjax.config.checks import check_choices, check_encoder, checked_owners
+from kvjax.config.checks import check_choices, check_encoder, check_merged_keys, checked_owners
 from kvjax.config.layers import Experts, GoldFinch, Latent, LayerKind
 from kvjax.config.rope import RopeScaling
 from kvjax.config.toml import build, read_toml
@@ -36,6 +36,8 @@ class ModelConfig:
       rotary_fraction: the part of each head that RoPE turns, from its first channel on (Phi-3).
       local_rope_theta: RoPE base of windowed layers, which is then not scaled (Gemma 3); None: the same for all.
       latent: multi-head latent attention; head_dim then plays no part.
+      merged_keys: heads that keys are projected to, before those of each of num_kv_heads groups are merged into one
+        after RoPE by a matrix of the layer's own (Yu et al. 2024, 2406.07056); None: keys are as they are projected.
       experts: mixture of experts.
       owners: per layer, the layer whose keys and values it reads, itself or an earlier one that is its own owner (CLA,
         Brandon et al. 2024, 2405.12981). Empty means every layer has its own.
@@ -80,6 +82,7 @@ class ModelConfig:
     rotary_fraction: float = 1.0
     local_rope_theta: float | None = None
     latent: Latent | None = None
+    merged_keys: int | None = None
     experts: Experts | None = None
     owners: tuple[int, ...] = ()
     retention_layers: tuple[int, ...] = ()
@@ -126,6 +129,7 @@ class ModelConfig:
         check_choices(self)
         object.__setattr__(self, "owners", checked_owners(self))
         check_encoder(self)
+        check_merged_keys(self)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
         if not self.rope_theta > 1 or not math.isfinite(self.rope_theta):
@@ -143,6 +147,11 @@ class ModelConfig:
         """Per-head width, never None."""
         assert self.head_dim is not None
         return self.head_dim
+
+    @property
+    def key_heads(self) -> int:
+        """Heads that keys are projected to: num_kv_heads, or more that are merged into as many."""
+        return self.num_kv_heads if self.merged_keys is None else self.merged_keys
 
     @property
     def rotary_width(self) -> int:
@@ -231,8 +240,13 @@ class ModelConfig:
         if self.goldfinch is not None:
             return KVSpec(layers, 1, self.hidden_size // self.goldfinch.compression, 1, rebuilt=True)
         if self.latent is not None:
-            return KVSpec(layers, 1, self.latent.key_dim, self.latent.kv_lora_rank, value_in_key=True)
-        return KVSpec(layers, self.num_kv_heads, self.width, self.width)
+            scale = self.latent.qk_head_dim**-0.5 if self.query_scale is None else self.query_scale
+            factor = scale * self.latent.key_dim**0.5
+            return KVSpec(
+                layers, 1, self.latent.key_dim, self.latent.kv_lora_rank, value_in_key=True, query_factor=factor
+            )
+        factor = 1.0 if self.query_scale is None else self.query_scale * self.width**0.5
+        return KVSpec(layers, self.num_kv_heads, self.width, self.width, query_factor=factor)
 
     @property
     def attention_kind(self) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvjax.errors import CheckpointError
@@ -47,14 +47,17 @@ def read_sidecars(path: Path) -> tuple[tuple[str, bytes], ...]:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yields an empty directory beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    Args:
+      check: raises CheckpointError for a path whose content may not be replaced; None: only a model's checkpoint may.
 
     Raises:
       CheckpointError: `path` exists and is neither empty nor a checkpoint, or cannot be written.
     """
     path = path.expanduser().resolve()
-    _check_replaceable(path)
+    (check or _check_replaceable)(path)
     token = uuid.uuid4().hex[:8]
     partial, old = (path.with_name(f".{path.name}.{token}.{kind}") for kind in ("partial", "old"))
     try:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.config import ModelConfig
+from kvjax.convert.deepseek_form import deepseek_form
 from kvjax.convert.families import family_of
 from kvjax.convert.hf_config import PRIVATE, read_config, write_config
 from kvjax.convert.hf_fields import read_json
@@ -90,6 +91,7 @@ def save_hf(config: ModelConfig, params: Params, path: Path, max_shard_bytes: in
     Weights beyond `max_shard_bytes` are split over several files with an index. Tied embeddings are written once, or
     twice where the checkpoint they were read from held them twice.
     """
+    config, params = deepseek_form(config, params)
     dtype = params["embed"]["embedding"].dtype
     document = write_config(config, dtype.name)
     (path / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

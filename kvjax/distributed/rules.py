@@ -35,6 +35,7 @@ LOGICAL_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("attention", "v", "bias"): ("kv_heads",),
     ("attention", "o", "weight"): ("embed", "heads"),
     ("attention", "o", "bias"): ("embed",),
+    ("attention", "key_merge", "weight"): ("kv_heads", None, None, None),
     ("attention", "q_norm", "scale"): (None,),
     ("attention", "k_norm", "scale"): (None,),
     ("attention_post_norm", "scale"): ("embed",),

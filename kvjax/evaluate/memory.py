@@ -6,14 +6,19 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from kvjax.cache.state import Cache, Group
 
 BOOKKEEPING = frozenset(
     {"table", "length", "position", "victim", "row_state", "settled", "missing", "free", "top", "refs"}
-    | {"peak", "copied", "shared"}
+    | {"peak", "copied", "shared", "tables"}
 )
-"""Fields of a group that say where tokens are. Whatever else it holds is, or stands for, keys and values."""
+"""Fields of a group that say where tokens are, or how they are coded.
+
+Whatever else it holds is, or stands for, keys and values.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,5 +67,18 @@ def _held(group: Group) -> float:
 
 
 def _read(group: Group) -> float:
-    """Bytes one step reads: everything held, unless something selects."""
-    return _held(group)
+    """Bytes one step reads: pages in whole, or of each what the select picks and picks by; and what lies in no page.
+
+    Block tables and positions are not counted.
+    """
+    layout = group.layout
+    spec, size = layout.spec, layout.page_size
+    itemsize = jnp.dtype(layout.dtype).itemsize
+    lengths = np.asarray(group.length)
+    read = 0
+    for pages in (-(-lengths // size)).reshape(-1).tolist():
+        entries, state = pages * size, 0
+        if layout.select is not None and not layout.select.covers(pages, size):
+            entries, state = layout.select.cost(pages, size, spec.key_dim, spec.value_dim, itemsize)
+        read += entries * layout.bytes_per_vector_pair + state
+    return layout.layers_per_page * layout.heads_per_page * read + _bytes(group.tail)

@@ -23,7 +23,9 @@ from kvjax.evaluate.tasks import (
     text_questions,
     tracking_questions,
 )
+from kvjax.generate.state import layouts_of
 from kvjax.model import Model
+from kvjax.models import stack_layers
 
 TASKS = ("text", "recall", "tracking", "copy")
 
@@ -188,7 +190,17 @@ class Suite:
 
     def _pieces(self, questions: list[Question], cache: CacheConfig, cost: Cost) -> Any:
         s = self.settings
-        return forced_logits(self.model, questions, cache, cost, batch=s.batch, context=s.context)
+        # A scan over layers compiles several times sooner, and compiling is most of what a small model's row takes; it
+        # needs one group for all layers.
+        model = self._stacked if len(layouts_of(self.model, cache)) == 1 else self.model
+        return forced_logits(model, questions, cache, cost, batch=s.batch, context=s.context)
+
+    @functools.cached_property
+    def _stacked(self) -> Model:
+        """The model with its layers stacked, if they are all of one kind."""
+        if not self.model.config.uniform:
+            return self.model
+        return dataclasses.replace(self.model, params=stack_layers(self.model.params))
 
 
 def _rate(tokens: int, seconds: float) -> float | None:

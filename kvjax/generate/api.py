@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from kvjax.cache.config import CacheConfig
 from kvjax.config import Sampling
@@ -14,6 +15,7 @@ from kvjax.errors import RequestError
 from kvjax.generate import run as running
 from kvjax.generate.compiles import compiled_programs
 from kvjax.generate.contexts import Contexts, encode_contexts
+from kvjax.generate.live import check_fits, check_live
 from kvjax.generate.output import GenerateOutput
 from kvjax.generate.requests import (
     Prompts,
@@ -236,9 +238,14 @@ def extend(
 
     The state given is consumed; go on with the one returned, or on `OutOfPages` with the exception's `state`.
     sampling.n must be 1 (`fork` the state instead), and so must sampling.beams.
+
+    Raises:
+      RequestError: as `generate`, or the state was consumed before, or is one of a model of other shapes.
+      OutOfPages: as `generate`.
     """
     begun, compiles = time.perf_counter(), compiled_programs()
-    _check_live(state)
+    check_live(state)
+    check_fits(model, state)
     if sampling.n > 1 or sampling.beams > 1:
         raise RequestError(
             f"extend continues each sequence once; kvjax.fork the state for more, got n={sampling.n}, "
@@ -270,16 +277,20 @@ def extend(
 
 
 def fork(state: State, n: int) -> State:
-    """Every sequence n times, side by side, their pages shared until one of them writes. Consumes the state."""
-    if n < 1:
-        raise RequestError(f"fork needs n of at least 1, got {n}")
-    _check_live(state)
-    return multiply(state, n)
+    """Every sequence n times, side by side, their pages shared until one of them writes. Consumes the state.
 
+    The copies go on like separate runs, whatever the policy, codec and select: a page is copied when one of its holders
+    is about to write to it, and what lies beside the pages is each sequence's own. The fork itself moves no page and
+    takes none. It shares its pools with the state given: the first call that extends either of the two ends the other,
+    so ask for one copy more to keep the original, or `save_state` it.
 
-def _check_live(state: State) -> None:
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache)):
-        raise RequestError("this state was consumed by an earlier call; go on with the state which that call returned")
+    Raises:
+      RequestError: n is no integer of at least 1, or the state was consumed before.
+    """
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+        raise RequestError(f"fork needs an integer n of at least 1, got {n!r}")
+    check_live(state)
+    return multiply(state, int(n))
 
 
 def _check_sampling(model: Model, sampling: Sampling, processors: Sequence[LogitsProcessor]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.attention.paged import PagedAttend
 from kvjax.attention.protocol import Attend
@@ -19,8 +20,20 @@ from kvjax.typing import Params
 def apply(
     config: ModelConfig, attend: Attend | None, params: Params, *arguments: Any, method: str | None = None
 ) -> Any:
-    """The decoder, or one of its methods, on per-layer parameters."""
-    return Decoder(config, attend).apply({"params": params}, *arguments, method=method)
+    """The decoder, or one of its methods: unrolled on per-layer parameters, scanned on stacked ones."""
+    module = Decoder(config, attend, scan="layers" in params)
+    return module.apply({"params": params}, *arguments, method=method)
+
+
+def layer_of(params: Params, layer: int) -> Params:
+    """One layer's parameters, whether or not they are stacked."""
+    return _picked(params["layers"], np.int32(layer)) if "layers" in params else params[f"layers_{layer}"]
+
+
+@jax.jit
+def _picked(stacked: Params, layer: jax.Array) -> Params:
+    picked: Params = jax.tree.map(lambda leaf: leaf[layer], stacked)
+    return picked
 
 
 def forward_token(

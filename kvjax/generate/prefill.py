@@ -17,13 +17,15 @@ import numpy as np
 
 from kvjax.attention.paged import PagedAttend
 from kvjax.attention.scratch import ScratchAttend, empty_scratch
+from kvjax.cache.calibrated import first_of, keep_first, tables_of
 from kvjax.cache.codecs.waiting import waits
+from kvjax.cache.page_state import ended
 from kvjax.cache.pages import Shortage, late_shortage, reserve
-from kvjax.cache.policies.optional import drops_hidden, observes_steps, takes_late
+from kvjax.cache.policies.optional import decides, drops_hidden, observes_steps, takes_late
 from kvjax.cache.prompt import keep_prompt
-from kvjax.cache.state import Cache, with_victims
+from kvjax.cache.state import Cache
 from kvjax.config import LayerKind, ModelConfig
-from kvjax.generate.forward import apply, forward_token
+from kvjax.generate.forward import apply, forward_token, layer_of
 from kvjax.generate.shortage import out_of_pages
 from kvjax.model import Model
 from kvjax.models import Layer
@@ -197,7 +199,15 @@ def prefill_segment(
         return jax.lax.dynamic_update_slice_in_dim(hidden, x, start, axis=1), scratches
 
     scratches = {
-        owner: empty_scratch(layout, lengths, prompt.hidden.shape[1], cache.context, columns)
+        owner: empty_scratch(
+            layout,
+            lengths,
+            prompt.hidden.shape[1],
+            cache.context,
+            columns,
+            tables_of(cache.groups[groups[owner]], index[owner]),
+            first_of(cache.groups[groups[owner]], index[owner]),
+        )
         for owner, layout in layouts.items()
     }
     longest = jnp.max(lengths if columns is None else jnp.sum(columns >= 0, axis=1))
@@ -209,6 +219,7 @@ def prefill_segment(
         held[number], kept = keep_prompt(
             held[number], index[owner], lengths, scratch.weights, scratch.k, scratch.v, prompt.tokens, columns
         )
+        held[number] = keep_first(held[number], index[owner], scratch.first)
         if drops_hidden(layouts[owner].policy):
             prompt = _survivors(prompt, kept[0])
     return dataclasses.replace(cache, groups=tuple(held)), prompt
@@ -248,18 +259,24 @@ def finish_prompt(
     if positions is not None:
         target = jnp.where(positions >= 0, positions, hidden.shape[1])
         hidden = jnp.full_like(hidden, jnp.nan).at[order[:, None], target].set(hidden, mode="drop")
-    cache = dataclasses.replace(with_victims(cache), seen=cache.seen + lengths)
+    cache = dataclasses.replace(ended(cache), seen=cache.seen + lengths)
     return cache, last, hidden
 
 
 def by_layer(cache: Cache) -> bool:
     """Whether a fresh prompt must go through layer by layer."""
-    return any(group.layout.policy.observes or waits(group.layout.codec) for group in cache.groups)
+    return any(
+        group.layout.policy.observes or decides(group.layout.policy) or waits(group.layout.codec)
+        for group in cache.groups
+    )
 
 
 def token_by_token(cache: Cache) -> bool:
     """Whether later tokens, of further prompts too, must come one at a time."""
-    return any(observes_steps(group.layout.policy) or waits(group.layout.codec) for group in cache.groups)
+    return any(
+        observes_steps(group.layout.policy) or decides(group.layout.policy) or waits(group.layout.codec)
+        for group in cache.groups
+    )
 
 
 def run_prompts(
@@ -300,7 +317,7 @@ def run_prompts(
         for segment in model.config.segments:
             places, index = _places(model.config, cache, segment)
             cache, prompt = prefill_segment(
-                tuple(model.params[f"layers_{layer}"] for layer in segment),
+                tuple(layer_of(model.params, layer) for layer in segment),
                 cache,
                 prompt,
                 lengths,

@@ -208,7 +208,7 @@ def blocks(
             halt[index] = transcript.reason is not None
         history = ((*held, *transcript.tokens) for held, transcript in zip(state.tokens, run.transcripts, strict=True))
         # Unless it has just been drawn from a prompt and generation goes on, the newest token is pending.
-        run.state = State(cache, state.config, tuple(history), None, 1)
+        run.state = dataclasses.replace(state, cache=cache, tokens=tuple(history), last=None, pending=1)
         run.decode_seconds = time.perf_counter() - begun
         check_finite([transcript.logprobs for transcript in run.transcripts])
 

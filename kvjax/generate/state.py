@@ -8,13 +8,15 @@ import functools
 import jax
 import numpy as np
 
+from kvjax.cache.codecs.calibrated import calibrated
 from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.config import CacheConfig
 from kvjax.cache.layout import GroupLayout, group_layers
 from kvjax.cache.pages import resize
-from kvjax.cache.policies.optional import drops_hidden
+from kvjax.cache.policies.optional import decides, drops_hidden
 from kvjax.cache.size import context_bucket, power_of_two, size_groups
 from kvjax.cache.state import Cache, empty_cache
+from kvjax.config import ModelConfig
 from kvjax.errors import ConfigError, RequestError
 from kvjax.generate.contexts import Chunks, hold_contexts, memory_beside
 from kvjax.generate.decode import take_sequences
@@ -27,7 +29,7 @@ from kvjax.model import Model
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class State:
-    """Sequences and the cache that holds them. Calls that take one consume it: use the state they return.
+    """Sequences and the cache that holds them. Calls that take one consume it, use the state they return; not saving.
 
     Attributes:
       cache: of at least len(tokens) sequences; those beyond are padding.
@@ -35,6 +37,7 @@ class State:
       tokens: every token of each sequence so far, prompts and generated ones.
       last: the hidden state of each sequence's last token [B, hidden], right after a prompt; else None.
       pending: how many of the last tokens of each sequence are not in the cache yet: 0 after a prompt, else 1.
+      prompt_lengths: how many of each sequence's tokens came as its first prompt, from which a policy may have chosen.
     """
 
     cache: Cache
@@ -42,6 +45,7 @@ class State:
     tokens: tuple[tuple[int, ...], ...]
     last: jax.Array | None
     pending: int
+    prompt_lengths: tuple[int, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -57,7 +61,8 @@ def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
     """The cache groups of a model under a config.
 
     Raises:
-      ConfigError: a policy that weighs a prompt's tokens by attention, on a model most of whose layers never see them.
+      ConfigError: a policy that weighs a prompt's tokens by attention, on a model most of whose layers never see them;
+        or one that drops hidden states, or decides, on a model whose layers share what they must not.
     """
     if model.config.cross_from is not None and config.observes:
         raise ConfigError(
@@ -77,7 +82,53 @@ def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
                 f"{config.policy!r} drops hidden states between layers, but layers {span(segment)} of this model read "
                 "one another's keys and values across each other: there is no place between them; choose another policy"
             )
-    return group_layers(model.config.kv_spec, model.config.cache_windows, config, model.dtype.name)
+    layouts = group_layers(model.config.kv_spec, model.config.cache_windows, config, model.dtype.name)
+    check_deciding(model.config, layouts)
+    check_turning(model.config, layouts)
+    return layouts
+
+
+def check_turning(config: ModelConfig, layouts: tuple[GroupLayout, ...]) -> None:
+    """Refuses to turn queries or keys of a model that merges its key heads after RoPE.
+
+    Raises:
+      ConfigError: naming the policy or codec.
+    """
+    if config.merged_keys is None:
+        return
+    for layout in layouts:
+        reads = layout.policy.reads(layout.window)
+        turns = decides(layout.policy) or any(read.turn is not None or read.lag is not None for read in reads)
+        if turns or calibrated(layout.codec):
+            raise ConfigError(
+                f"{layout.policy if turns else layout.codec!r} turns queries or keys to other positions, but this "
+                f"model merges {config.merged_keys} key heads into {config.num_kv_heads} after RoPE (merged_keys): "
+                "what is merged cannot be turned; choose a policy and a codec that take keys as they are stored, or "
+                'convert by to_gqa(..., method="mean")'
+            )
+
+
+def check_deciding(config: ModelConfig, layouts: tuple[GroupLayout, ...]) -> None:
+    """Refuses models whose layers' queries and keys do not both belong to the layer that decides.
+
+    Raises:
+      ConfigError: naming the policy and the layers.
+    """
+    for layout in layouts:
+        if not decides(layout.policy):
+            continue
+        if config.cross_from is not None:
+            raise ConfigError(
+                f"{layout.policy!r} decides about every token of a prompt by a layer's queries and keys, but layers "
+                f"from cross_from={config.cross_from} on see only a prompt's last token; choose another policy"
+            )
+        for layer in range(config.num_layers):
+            if config.kind(layer).reads and config.cache_layer(layer) in layout.layers:
+                raise ConfigError(
+                    f"{layout.policy!r} takes a channel of the queries for itself, but layer {layer} of this model "
+                    "only reads another's keys and values: it decides about nothing, and whether its queries keep that "
+                    "channel is nowhere defined; choose another policy for the layers that share, by overrides"
+                )
 
 
 def start(
@@ -115,7 +166,7 @@ def start(
     cache, last, _ = run_prompts(
         model, cache, prompts, context=context_bucket(tokens), fresh=True, chunk=chunk, backend=backend
     )
-    return State(cache, config, tuple(map(tuple, prompts)), last, 0)
+    return State(cache, config, tuple(map(tuple, prompts)), last, 0, tuple(map(len, prompts)))
 
 
 def append(
@@ -145,7 +196,7 @@ def append(
         raise raised
     cache, last, _ = run_prompts(model, cache, pieces, context=0, fresh=False, chunk=chunk, backend=backend)
     tokens = tuple((*held, *prompt) for held, prompt in zip(state.tokens, prompts, strict=True))
-    return State(cache, state.config, tokens, last, 0)
+    return dataclasses.replace(state, cache=cache, tokens=tokens, last=last, pending=0)
 
 
 def make_room(state: State, more: int) -> State:
@@ -172,7 +223,9 @@ def multiply(state: State, n: int) -> State:
     parents = np.full(power_of_two(len(sources)), -1, np.int32)
     parents[: len(sources)] = sources
     cache, last = repeat(state, parents)
-    return State(cache, state.config, tuple(state.tokens[i] for i in sources), last, state.pending)
+    tokens = tuple(state.tokens[i] for i in sources)
+    lengths = tuple(state.prompt_lengths[i] for i in sources) if state.prompt_lengths else ()
+    return dataclasses.replace(state, cache=cache, tokens=tokens, last=last, prompt_lengths=lengths)
 
 
 def repeat(state: State, parents: np.ndarray) -> tuple[Cache, jax.Array | None]:

@@ -11,15 +11,17 @@ from flax import linen as nn
 from kvjax.config import LayerKind, ModelConfig
 from kvjax.models.layers import norm_of
 from kvjax.models.linear import Linear
+from kvjax.models.merged_keys import MergedKeys, unturned
 from kvjax.models.rotary import rotary
-from kvjax.typing import KeyValue, Scoring
+from kvjax.typing import KeyValue, Rotate, Scoring
 
 
 class Attention(nn.Module):
     """Projects, normalises q and k if asked, and hands them unrotated to `attend`, which decides what is attended.
 
     `attend(cache, layer, q[B,T,H,D], k[B,T,K,D], v[B,T,K,D], positions, rotate) -> (out[B,T,H,D], cache)`. A layer that
-    reads another's keys and values is given them as `shared`, and says so to `attend`.
+    reads another's keys and values is given them as `shared`, and says so to `attend`. Merged keys, and the queries for
+    them, are handed over rotated, with a `rotate` that leaves them so.
     """
 
     config: ModelConfig
@@ -32,12 +34,16 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Any, KeyValue]:
         c = self.config
         q = self._project("q", x, c.num_heads)
+        rotate: Rotate = rotary(c, self.kind.local)
         if shared is None:
-            k, v = self._project("k", x, c.num_kv_heads), self._project("v", x, c.num_kv_heads)
+            k, v = self._project("k", x, c.key_heads), self._project("v", x, c.num_kv_heads)
         else:
             k, v = shared
+        if c.merged_keys is not None:
+            q, k = MergedKeys(c, name="key_merge")(rotate(q, positions), rotate(k, positions))
+            rotate = unturned
         out, cache = self.attend(
-            cache, layer, scaled(q, c.query_scale), k, v, positions, rotary(c, self.kind.local), **self._options(shared)
+            cache, layer, scaled(q, c.query_scale), k, v, positions, rotate, **self._options(shared)
         )
         out = out.reshape(*x.shape[:2], c.num_heads * c.width)
         return Linear(c.hidden_size, use_bias=c.o_bias, name="o")(out), cache, (k, v)

@@ -40,14 +40,14 @@ class LatentAttention(nn.Module):
             return RMSNorm(a.norm_eps, c.norm_unit_offset, name=name)
 
         if a.q_lora_rank is None:
-            q = Linear(c.num_heads * a.qk_head_dim, use_bias=False, name="q")(x)
+            q = Linear(c.num_heads * a.qk_head_dim, use_bias=a.q_bias, name="q")(x)
         else:
             q = Linear(a.q_lora_rank, use_bias=c.qkv_bias, name="q_down")(x)
             q = Linear(c.num_heads * a.qk_head_dim, use_bias=False, name="q_up")(norm("q_norm")(q))
         q = q.reshape(*heads, a.qk_head_dim)
         down = Linear(a.key_dim, use_bias=c.qkv_bias, name="kv_down")(x)
         latent, rope = jnp.split(down, [a.kv_lora_rank], axis=-1)
-        latent = norm("kv_norm")(latent)
+        latent = norm("kv_norm")(latent) if a.kv_norm else latent
         both = a.qk_nope_head_dim + a.v_head_dim
         weight = Weight((c.num_heads * both, a.kv_lora_rank), name="kv_up")()
         expand = weight.reshape(c.num_heads, both, a.kv_lora_rank)

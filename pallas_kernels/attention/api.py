@@ -10,6 +10,7 @@ from pallas_kernels.tuning import Key, bucket, tuned
 
 BACKENDS = {"cudnn": vars(cudnn), "mosaic_gpu": vars(mosaic_gpu), "triton": vars(triton), "xla": vars(reference)}
 WEIGHTS_BACKENDS = {"xla": vars(reference)}
+"""The second pass is plain jnp, whichever backend the first pass takes."""
 
 
 def attention(
@@ -84,6 +85,8 @@ def attention_weights(
 
     Args:
       lse: float32[B, T, H] from `attention`. row_weights: float32[B, T], how much each query row counts.
+      backend: as `attention` takes it, so that one name serves both passes: a backend that has no such pass leaves it
+        to `xla`, which reads what any of them wrote.
 
     Returns:
       float32[B, K, S], summed over the query heads of each KV head and over rows.
@@ -97,4 +100,6 @@ def attention_weights(
         q_positions=q_positions,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
+    if backend in BACKENDS and backend not in WEIGHTS_BACKENDS:
+        backend = "xla"
     return choose("attention_weights", WEIGHTS_BACKENDS, backend, q=q, k=k, **options)(q, k, **options)

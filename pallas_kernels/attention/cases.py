@@ -21,6 +21,15 @@ def cases() -> Iterable[Case]:
     yield _case("window cap d64", "small", (1, 64, 192, 1, 1, 64, 64), window=70, soft_cap=2.0)
     yield _case("gradient causal d64", "small", (1, 128, 128, 2, 1, 64, 64), gradient=True)
     yield _case("gradient d192/128", "small", (1, 65, 65, 1, 1, 192, 128), gradient=True, soft_cap=3.0)
+    yield _case(
+        "segments sinks f16 d64", "small", (1, 130, 130, 1, 1, 64, 64), segments=True, sinks=True, dtype="float16"
+    )
+    yield _case("window f16 d256", "small", (1, 64, 130, 1, 1, 256, 256), window=66, dtype="float16")
+    yield _case(
+        "gradient segments sinks d64", "small", (1, 130, 130, 1, 1, 64, 64), gradient=True, segments=True, sinks=True
+    )
+    narrow: dict[str, Any] = dict(window=30, soft_cap=2.0, dtype="float16")
+    yield _case("gradient window cap f16 d256", "small", (1, 65, 65, 1, 1, 256, 256), gradient=True, **narrow)
     for key, value in ((64, 64), (128, 128), (192, 128), (256, 256)):
         width = f"d{key}" if key == value else f"d{key}/{value}"
         shape = (2, 4096, 4096, 16, 4, key, value)
@@ -50,8 +59,9 @@ def _case(
     lengths: tuple[int, ...] | None = None,
     positions: bool = False,
     segments: bool = False,
+    sinks: bool = False,
 ) -> Case:
-    """shape: (B, T, S, H, K, D, Dv)."""
+    """shape: (B, T, S, H, K, D, Dv). sinks: one column more for each head, let in afterwards by the log-sum-exp."""
     batch, queries, keys, heads, kv_heads, width, value_width = shape
 
     def inputs(seed: int) -> tuple[Any, ...]:
@@ -76,7 +86,11 @@ def _case(
 
     def run(backend: str) -> Callable[..., Any]:
         def outputs(q: Any, k: Any, v: Any, masks: Any) -> Any:
-            return attention(q, k, v, causal=causal, window=window, soft_cap=soft_cap, backend=backend, **masks)
+            out, lse = attention(q, k, v, causal=causal, window=window, soft_cap=soft_cap, backend=backend, **masks)
+            if not sinks:
+                return out, lse
+            total = jnp.logaddexp(lse, jnp.linspace(-1.0, 2.0, heads))
+            return out * jnp.exp(lse - total)[..., None].astype(out.dtype), total
 
         def gradients(q: Any, k: Any, v: Any, dout: Any, dlse: Any, masks: Any) -> Any:
             (out, lse), pull_back = jax.vjp(lambda q, k, v: outputs(q, k, v, masks), q, k, v)

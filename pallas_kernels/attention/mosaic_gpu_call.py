@@ -97,16 +97,16 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _configs(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[ForwardConfig, BackwardConfig]:
-    """From the tuning table where it has entries; both kernels read the same keys."""
+    """The heuristics' choices, with what the tuning table says of each kernel in their place."""
     widths = q.shape[3], v.shape[3]
 
-    def entry(kernel: str) -> dict[str, Any] | None:
-        return tuned("attention", Key(kernel, str(q.dtype), q.shape[3], 0, 0, bucket(k.shape[1]), 0))
+    def tuned_to(*kernels: str) -> dict[str, Any]:
+        keys = (Key(kernel, str(q.dtype), q.shape[3], 0, 0, bucket(k.shape[1]), 0) for kernel in kernels)
+        return {name: value for key in keys for name, value in (tuned("attention", key) or {}).items()}
 
-    forward_entry, backward_entry = entry("forward"), entry("backward")
     return (
-        default_forward_config(*widths) if forward_entry is None else ForwardConfig(**forward_entry),
-        default_backward_config(*widths) if backward_entry is None else BackwardConfig(**backward_entry),
+        dataclasses.replace(default_forward_config(*widths), **tuned_to("forward")),
+        dataclasses.replace(default_backward_config(*widths), **tuned_to("dkv", "dq")),
     )
 
 

@@ -13,6 +13,9 @@ import triton.language as tl
 
 from pallas_kernels.triton_softmax import LOG2_E, finished, in_log2, raised
 
+LARGEST: tl.constexpr = tl.constexpr(2147483647)
+"""Of int32: a window that hides nothing."""
+
 
 @triton.jit
 def line_of(b, index, head, LENGTH: tl.constexpr, HEADS: tl.constexpr):
@@ -31,11 +34,29 @@ def read(array, line, real, first: tl.constexpr, count: tl.constexpr, width: tl.
 
 
 @triton.jit
+def read_parts(array, line, real, MAIN: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr):
+    """Both parts of vectors; the first for the second where there is only one."""
+    main = read(array, line, real, 0, MAIN, WIDTH)
+    rest = main
+    if REST:
+        rest = read(array, line, real, MAIN, REST, WIDTH)
+    return main, rest
+
+
+@triton.jit
 def write(array, line, real, values, first: tl.constexpr, count: tl.constexpr, width: tl.constexpr):
     """The opposite of `read`."""
     column = first + tl.arange(0, count)
     wanted = real[:, None] & (column < width)[None, :]
     tl.store(array + line[:, None] * width + column[None, :], values.to(array.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def write_parts(array, line, real, main, rest, MAIN: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr):
+    """The opposite of `read_parts`."""
+    write(array, line, real, main, 0, MAIN, WIDTH)
+    if REST:
+        write(array, line, real, rest, MAIN, REST, WIDTH)
 
 
 @triton.jit
@@ -55,6 +76,42 @@ def key_positions(positions, b, column, end, KEYS: tl.constexpr, GIVEN: tl.const
     if GIVEN:
         result = tl.load(positions + b * KEYS + column, mask=column < end, other=-1)
     return result
+
+
+@triton.jit
+def ids_of(segments, b, index, real, LENGTH: tl.constexpr, OTHER: tl.constexpr, GIVEN: tl.constexpr):
+    """Segments int32[N] of these tokens, OTHER where they are not real; anything where there are no segments."""
+    result = index
+    if GIVEN:
+        result = tl.load(segments + b * LENGTH + index, mask=real, other=OTHER)
+    return result
+
+
+@triton.jit
+def limits(lengths, window, b, KEYS: tl.constexpr, RAGGED: tl.constexpr, WINDOWED: tl.constexpr):
+    """Where a sequence's keys end, and how far back its queries see."""
+    end = KEYS
+    if RAGGED:
+        end = tl.minimum(tl.load(lengths + b), KEYS)
+    reach = LARGEST
+    if WINDOWED:
+        reach = tl.load(window)
+    return end, reach
+
+
+@triton.jit
+def key_range(q_position, end, reach, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+              POSITIONED: tl.constexpr):  # fmt: skip
+    """[begin, last) of the keys that any of these queries may see; begin is the first of a block."""
+    begin = 0
+    last = end
+    # Keys that stand anywhere are all looked at.
+    if CAUSAL and not POSITIONED:
+        last = tl.minimum(end, tl.max(q_position, 0) + 1)
+        if WINDOWED:
+            earliest = tl.min(tl.where(q_position >= 0, q_position, LARGEST), 0)
+            begin = tl.minimum(tl.maximum(earliest - reach + 1, 0), last) // BLOCK_N * BLOCK_N
+    return begin, last
 
 
 @triton.jit
@@ -89,27 +146,11 @@ def attention_kernel(
     KV_HEADS: tl.constexpr = HEADS // GROUP
     real = row < TOKENS
     line = line_of(b, row, head, TOKENS, HEADS)
-    main = read(q, line, real, 0, MAIN, WIDTH)
-    rest = main
-    if REST:
-        rest = read(q, line, real, MAIN, REST, WIDTH)
+    main, rest = read_parts(q, line, real, MAIN, REST, WIDTH)
     q_position = query_positions(q_positions, b, row, TOKENS, KEYS, Q_POSITIONED)
-    q_segment = row
-    if SEGMENTED:
-        q_segment = tl.load(segments + b * TOKENS + row, mask=real, other=-1)
-    end = KEYS
-    if RAGGED:
-        end = tl.minimum(tl.load(lengths + b), KEYS)
-    reach = 2147483647
-    if WINDOWED:
-        reach = tl.load(window)
-    begin = 0
-    last = end
-    if CAUSAL and not POSITIONED:
-        last = tl.minimum(end, tl.max(q_position, 0) + 1)
-        if WINDOWED:
-            earliest = tl.min(tl.where(q_position >= 0, q_position, 2147483647), 0)
-            begin = tl.minimum(tl.maximum(earliest - reach + 1, 0), last) // BLOCK_N * BLOCK_N
+    q_segment = ids_of(segments, b, row, real, TOKENS, -1, SEGMENTED)
+    end, reach = limits(lengths, window, b, KEYS, RAGGED, WINDOWED)
+    begin, last = key_range(q_position, end, reach, BLOCK_N, CAUSAL, WINDOWED, POSITIONED)
 
     MASKED: tl.constexpr = (
         CAUSAL or RAGGED or SEGMENTED or POSITIONED or Q_POSITIONED or TOKENS > KEYS or KEYS % BLOCK_N != 0
@@ -128,9 +169,7 @@ def attention_kernel(
             scores = tl.dot(rest, tl.trans(read(k, keys, inside, MAIN, REST, WIDTH)), scores)
         scores = in_log2(scores, SCALE, SOFT_CAP)
         if MASKED:
-            segment = column
-            if SEGMENTED:
-                segment = tl.load(segments + b * KEYS + column, mask=inside, other=-2)
+            segment = ids_of(segments, b, column, inside, KEYS, -2, SEGMENTED)
             visible = seen(q_position, position, q_segment, segment, reach, CAUSAL, WINDOWED, SEGMENTED)
             scores = tl.where(visible, scores, -float("inf"))
         top, shift, fade = raised(top, scores)
@@ -164,10 +203,7 @@ def score_gradients(main, rest, k_main, k_rest, value, dout, log, delta, visible
 def read_rows(q, dout, lse, delta, line, real, WIDTH: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
               VALUE: tl.constexpr, VALUE_BLOCK: tl.constexpr):  # fmt: skip
     """What a tile needs of its queries: both parts of q, dout, the log-sum-exp in log 2, delta."""
-    main = read(q, line, real, 0, MAIN, WIDTH)
-    rest = main
-    if REST:
-        rest = read(q, line, real, MAIN, REST, WIDTH)
+    main, rest = read_parts(q, line, real, MAIN, REST, WIDTH)
     log = tl.load(lse + line, mask=real, other=0.0)
     log = tl.where(log == -float("inf"), 0.0, log) * LOG2_E
     return main, rest, read(dout, line, real, 0, VALUE_BLOCK, VALUE), log, tl.load(delta + line, mask=real, other=0.0)
@@ -186,23 +222,13 @@ def key_gradients_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     kv_head, b = tl.program_id(1), tl.program_id(2)
     KV_HEADS: tl.constexpr = HEADS // GROUP
-    end = KEYS
-    if RAGGED:
-        end = tl.minimum(tl.load(lengths + b), KEYS)
-    reach = 2147483647
-    if WINDOWED:
-        reach = tl.load(window)
+    end, reach = limits(lengths, window, b, KEYS, RAGGED, WINDOWED)
     position = key_positions(positions, b, column, end, KEYS, POSITIONED)
     inside = position >= 0
     keys = line_of(b, column, kv_head, KEYS, KV_HEADS)
-    k_main = read(k, keys, inside, 0, MAIN, WIDTH)
-    k_rest = k_main
-    if REST:
-        k_rest = read(k, keys, inside, MAIN, REST, WIDTH)
+    k_main, k_rest = read_parts(k, keys, inside, MAIN, REST, WIDTH)
     value = read(v, keys, inside, 0, VALUE_BLOCK, VALUE)
-    segment = column
-    if SEGMENTED:
-        segment = tl.load(segments + b * KEYS + column, mask=inside, other=-2)
+    segment = ids_of(segments, b, column, inside, KEYS, -2, SEGMENTED)
     begin, stop = 0, TOKENS
     if CAUSAL and not (POSITIONED or Q_POSITIONED):
         begin = tl.maximum(tl.program_id(0) * BLOCK_N - (KEYS - TOKENS), 0) // BLOCK_M * BLOCK_M
@@ -222,9 +248,7 @@ def key_gradients_kernel(
                 q, dout, lse, delta, line, real, WIDTH, MAIN, REST, VALUE, VALUE_BLOCK
             )
             q_position = query_positions(q_positions, b, row, TOKENS, KEYS, Q_POSITIONED)
-            q_segment = row
-            if SEGMENTED:
-                q_segment = tl.load(segments + b * TOKENS + row, mask=real, other=-1)
+            q_segment = ids_of(segments, b, row, real, TOKENS, -1, SEGMENTED)
             visible = seen(q_position, position, q_segment, segment, reach, CAUSAL, WINDOWED, SEGMENTED)
             weights, gradients = score_gradients(
                 main, rest, k_main, k_rest, value, d_out, log, drop, visible, SCALE, SOFT_CAP, REST
@@ -235,9 +259,7 @@ def key_gradients_kernel(
             if REST:
                 dk_rest = tl.dot(turned, rest, dk_rest)
     real_key = column < KEYS
-    write(dk, keys, real_key, dk_main * SCALE, 0, MAIN, WIDTH)
-    if REST:
-        write(dk, keys, real_key, dk_rest * SCALE, MAIN, REST, WIDTH)
+    write_parts(dk, keys, real_key, dk_main * SCALE, dk_rest * SCALE, MAIN, REST, WIDTH)
     write(dv, keys, real_key, d_value, 0, VALUE_BLOCK, VALUE)
 
 
@@ -258,22 +280,9 @@ def query_gradients_kernel(
     line = line_of(b, row, head, TOKENS, HEADS)
     main, rest, d_out, log, drop = read_rows(q, dout, lse, delta, line, real, WIDTH, MAIN, REST, VALUE, VALUE_BLOCK)
     q_position = query_positions(q_positions, b, row, TOKENS, KEYS, Q_POSITIONED)
-    q_segment = row
-    if SEGMENTED:
-        q_segment = tl.load(segments + b * TOKENS + row, mask=real, other=-1)
-    end = KEYS
-    if RAGGED:
-        end = tl.minimum(tl.load(lengths + b), KEYS)
-    reach = 2147483647
-    if WINDOWED:
-        reach = tl.load(window)
-    begin = 0
-    last = end
-    if CAUSAL and not POSITIONED:
-        last = tl.minimum(end, tl.max(q_position, 0) + 1)
-        if WINDOWED:
-            earliest = tl.min(tl.where(q_position >= 0, q_position, 2147483647), 0)
-            begin = tl.minimum(tl.maximum(earliest - reach + 1, 0), last) // BLOCK_N * BLOCK_N
+    q_segment = ids_of(segments, b, row, real, TOKENS, -1, SEGMENTED)
+    end, reach = limits(lengths, window, b, KEYS, RAGGED, WINDOWED)
+    begin, last = key_range(q_position, end, reach, BLOCK_N, CAUSAL, WINDOWED, POSITIONED)
     dq_main = tl.zeros([BLOCK_M, MAIN], tl.float32)
     dq_rest = tl.zeros([BLOCK_M, REST if REST else 16], tl.float32)
     for start in range(begin, last, BLOCK_N):
@@ -281,14 +290,9 @@ def query_gradients_kernel(
         position = key_positions(positions, b, column, end, KEYS, POSITIONED)
         inside = position >= 0
         keys = line_of(b, column, head // GROUP, KEYS, KV_HEADS)
-        k_main = read(k, keys, inside, 0, MAIN, WIDTH)
-        k_rest = k_main
-        if REST:
-            k_rest = read(k, keys, inside, MAIN, REST, WIDTH)
+        k_main, k_rest = read_parts(k, keys, inside, MAIN, REST, WIDTH)
         value = read(v, keys, inside, 0, VALUE_BLOCK, VALUE)
-        segment = column
-        if SEGMENTED:
-            segment = tl.load(segments + b * KEYS + column, mask=inside, other=-2)
+        segment = ids_of(segments, b, column, inside, KEYS, -2, SEGMENTED)
         visible = seen(q_position, position, q_segment, segment, reach, CAUSAL, WINDOWED, SEGMENTED)
         _, gradients = score_gradients(
             main, rest, k_main, k_rest, value, d_out, log, drop, visible, SCALE, SOFT_CAP, REST
@@ -297,6 +301,4 @@ def query_gradients_kernel(
         dq_main = tl.dot(gradients, k_main, dq_main)
         if REST:
             dq_rest = tl.dot(gradients, k_rest, dq_rest)
-    write(dq, line, real, dq_main * SCALE, 0, MAIN, WIDTH)
-    if REST:
-        write(dq, line, real, dq_rest * SCALE, MAIN, REST, WIDTH)
+    write_parts(dq, line, real, dq_main * SCALE, dq_rest * SCALE, MAIN, REST, WIDTH)

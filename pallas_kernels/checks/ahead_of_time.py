@@ -1,7 +1,7 @@
 """The third gate: machine code for an H100, made without one, and what it says of registers, spills and tensor cores.
 
-XLA compiles for a described device; Mosaic GPU and jax-triton leave their PTX, machine code and logs in a folder.
-Needed beside jax: the CUDA plugin packages (not a GPU), and ptxas and nvdisasm from NVIDIA's wheels or the path.
+XLA compiles for a described device; Mosaic GPU prints its machine code and ptxas' log, jax-triton leaves its PTX in a
+folder. Needed beside jax: the CUDA plugin packages (not a GPU), ptxas and nvdisasm from NVIDIA's wheels or the path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ class Kernel:
     Attributes:
       registers: per thread, at launch.
       spill_bytes: stored to and loaded from local memory.
-      shared_memory: bytes of a block; None where the compiler left no note of it.
+      shared_memory: bytes of a block; None where the compiler left no note of it, as Mosaic GPU in jax 0.10. (What is
+        too much it refuses to lower.)
       hgmma: tensor core instructions of a warpgroup, 8-bit ones included; hmma: those of a warp.
       warnings: those of ptxas with a number, such as products serialised or register limits ignored.
     """
@@ -131,12 +132,12 @@ def compile_for_h100(call: Any, arguments: tuple[Any, ...]) -> list[Kernel]:
     """Compiles a call on arrays or `jax.ShapeDtypeStruct`s; its Mosaic GPU and Triton kernels."""
     mesh = _h100()
     whole = NamedSharding(mesh, PartitionSpec())
-    with use_abstract_mesh(mesh.abstract_mesh), _left_behind() as folder:
+    with use_abstract_mesh(mesh.abstract_mesh), _left_by_triton() as folder, _said_by_mosaic() as said:
         lowered = (
             jax.jit(call, in_shardings=whole, out_shardings=whole).trace(*arguments).lower(lowering_platforms=("cuda",))
         )
         lowered.compile()
-        made = [_read(ptx) for ptx in sorted(folder.rglob("*.ptx"))]
+        made = _mosaic_kernels(said()) + [_triton_kernel(ptx) for ptx in sorted(folder.rglob("*.ptx"))]
     hashes = set(re.findall(r'kernel_hash = "((?:\\.|[^"\\])*)"', lowered.as_text()))
     before = [kernel for number in sorted(hashes) for kernel in _COMPILED.get(number, ())]
     _COMPILED.update(dict.fromkeys(hashes - _COMPILED.keys(), tuple(made)))
@@ -153,47 +154,80 @@ def compile_case(case: Case) -> list[Kernel]:
 
 
 @contextlib.contextmanager
-def _left_behind() -> Iterator[Path]:
-    """A folder that compilers leave their work in while it is open."""
-    variables = ("MOSAIC_GPU_DUMP_TO", "JAX_TRITON_DUMP_DIR")
+def _said_by_mosaic() -> Iterator[Callable[[], str]]:
+    """Within it, what Mosaic GPU compiles it prints, and nothing of that is seen; the function gives it.
+
+    It could write to a folder, but then adds the program after every pass: 80 MB a kernel, and a third of the time.
+    """
+    variables = [f"MOSAIC_GPU_DUMP_{part}" for part in ("PTX", "PTXAS", "SASS", "HOST_LLVM")]
+    sys.stdout.flush()
+    with tempfile.TemporaryFile() as file:
+        standard = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        os.environ.update(dict.fromkeys(variables, "1"))
+        try:
+            yield lambda: os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
+        finally:
+            for name in variables:
+                os.environ.pop(name, None)
+            os.dup2(standard, 1)
+            os.close(standard)
+
+
+@contextlib.contextmanager
+def _left_by_triton() -> Iterator[Path]:
+    """A folder that jax-triton leaves PTX in while it is open."""
     # jax-triton reads its variable when it is imported, and never again.
     triton = sys.modules.get("jax_triton.triton_lib")
     with tempfile.TemporaryDirectory(prefix="ahead_of_time_") as folder:
-        os.environ.update(dict.fromkeys(variables, folder))
+        os.environ["JAX_TRITON_DUMP_DIR"] = folder
         if triton is not None:
             triton._JAX_TRITON_DUMP_DIR = folder  # type: ignore[attr-defined]
             getattr(triton, "_COMPILED_KERNEL_CACHE", {}).clear()
         try:
             yield Path(folder)
         finally:
-            for name in variables:
-                os.environ.pop(name, None)
+            os.environ.pop("JAX_TRITON_DUMP_DIR", None)
             if triton is not None:
                 triton._JAX_TRITON_DUMP_DIR = None  # type: ignore[attr-defined]
 
 
-def _read(ptx: Path) -> Kernel:
+def _mosaic_kernels(said: str) -> list[Kernel]:
+    """Kernels from what Mosaic GPU printed of each: PTX, ptxas' log, machine code, and the host's part."""
+    # Up to the first version of PTX there is nothing of a kernel.
+    parts = re.split(r"^\.version .*$", said, flags=re.MULTILINE)[1:]
+    return [_mosaic_kernel(part) for part in parts]
+
+
+def _mosaic_kernel(said: str) -> Kernel:
+    name = re.search(r"\.entry (\w+)\(", said)
+    assert name is not None, "PTX without a kernel"
+    # Grid, cluster and block come before shared memory.
+    memory = re.search(r"call i32 @mosaic_gpu_launch_kernel\(ptr [^,]+, (?:i32 [^,]+, ){9}i32 (\d+)", said)
+    return _kernel(name[1].removesuffix("_mosaic_gpu_kernel"), said, said, None if memory is None else int(memory[1]))
+
+
+def _triton_kernel(ptx: Path) -> Kernel:
     """A kernel from its PTX and what lies beside it."""
-    notes, passes = ptx.with_suffix(".compile_info"), ptx.with_suffix(".mlir-passes.log")
-    log_file, code_file = ptx.with_suffix(".ptxas"), ptx.with_suffix(".sass_ctrl")
-    if log_file.exists() and code_file.exists():  # Mosaic GPU has assembled and disassembled it already
-        log, code = log_file.read_text(), code_file.read_text()
-    else:
-        target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
-        assert target is not None, f"{ptx.name} names no target"
-        binary = ptx.with_suffix(".cubin")
-        log = _run("ptxas", "-v", f"-arch={target[1]}", str(ptx), "-o", str(binary))
-        code = _run("nvdisasm", "-c", str(binary))
-    memory = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes.read_text()) if passes.exists() else []
-    memory += re.findall(r"shared_mem_bytes: (\d+)", notes.read_text()) if notes.exists() else []
+    target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
+    assert target is not None, f"{ptx.name} names no target"
+    notes, binary = ptx.with_suffix(".compile_info"), ptx.with_suffix(".cubin")
+    log = _run("ptxas", "-v", f"-arch={target[1]}", str(ptx), "-o", str(binary))
+    memory = re.findall(r"shared_mem_bytes: (\d+)", notes.read_text()) if notes.exists() else []
+    code = _run("nvdisasm", "-c", str(binary))
+    return _kernel(re.sub(r"_\d+$", "", ptx.stem), log, code, int(memory[-1]) if memory else None)
+
+
+def _kernel(name: str, log: str, code: str, shared_memory: int | None) -> Kernel:
+    """From the log of ptxas -v and disassembled machine code."""
     used = re.search(r"Used (\d+) registers", log)
     assert used is not None, f"ptxas says nothing of registers: {log[-400:]}"
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return Kernel(
-        name=re.sub(r"_\d+$", "", ptx.stem),
+        name=name,
         registers=int(used[1]),
         spill_bytes=sum(int(stores) + int(loads) for stores, loads in spills),
-        shared_memory=int(memory[-1]) if memory else None,
+        shared_memory=shared_memory,
         hgmma=len(re.findall(r"\b[HQI]GMMA\b", code)),
         hmma=len(re.findall(r"\b[HQI]MMA\b", code)),
         warnings=tuple(re.findall(r"^ptxas info +: (\(C\d+\).*)$", log, re.MULTILINE)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import json
@@ -137,6 +138,16 @@ class Report:
             verdicts += [] if row.gpu is None else [("gpu", row.gpu.passed, row.gpu.reason)]
             found += [f"{row.case.name}: {gate}: {reason}" for gate, passed, reason in verdicts if passed is False]
         return found
+
+    def summary(self, gate: str) -> str:
+        """How many cases passed a gate, failed it, and were not run for which reasons; and what it took."""
+        verdicts = [row.gates[gate] for row in self.rows.values() if gate in row.gates]
+        ran = [verdict.passed for verdict in verdicts if verdict.passed is not None]
+        reasons = collections.Counter(verdict.reason for verdict in verdicts if verdict.passed is None)
+        spent = sum(verdict.processor_seconds for verdict in verdicts)
+        parts = [f"{ran.count(True)} ok", f"{ran.count(False)} failed"]
+        parts += [f"{count} {NOT_RUN} ({reason})" for reason, count in reasons.most_common()]
+        return f"{gate}: {', '.join(parts)}; {spent:.0f} s of processor time"
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as it is written."""

@@ -8,6 +8,7 @@ from typing import Literal
 from pallas_kernels.checks import workloads
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.peers import Call
+from pallas_kernels.paged_attention import cases as paged_cases
 
 TOKENS, CHANNELS = 16384, 2048
 """Of the dense workloads: one sequence of 16k tokens, as many heads as fill 2048 channels."""
@@ -65,6 +66,8 @@ def targets() -> list[Target]:
         causal[256],
         _decode(8, "int8", 0.75),
         _decode(8, "float8_e4m3fn", 0.75),
+        _packed("int4"),
+        _packed("kivi 2 bits"),
         _backward(causal[256], 256, 400e12),
         _plain(workloads.large_pool(), Goal("numbers")),
         *full,
@@ -92,6 +95,12 @@ def _backward(forward: Target, width: int, least: float) -> Target:
     call = Call("backward", 1, TOKENS, TOKENS, heads, heads, width, True)
     case = _named(workloads.backward(heads, width, True, TOKENS))
     return Target(case, Goal("rate", least), call, forward.case.name)
+
+
+def _packed(codes: str) -> Target:
+    """The same shape from codes that share bytes; what is moved are codes, scales and minima. No goal is set for it."""
+    name = f"decode d128 {codes}"
+    return _plain(paged_cases.case(f"{name} 32k", paged_cases.FULL[name], "full"), Goal("numbers"))
 
 
 def _decode(batch: int, dtype: str, least: float) -> Target:

@@ -34,6 +34,7 @@ TRITON_NAMES = {
     "float8_e5m2": "fp8e5",
     "int8": "i8",
     "int32": "i32",
+    "uint8": "u8",
 }
 
 

@@ -5,6 +5,7 @@ A candidate is a case like any other, whose call runs with its configuration for
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import datetime
 import functools
@@ -19,19 +20,28 @@ import jax
 
 import pallas_kernels
 from pallas_kernels import tuning
-from pallas_kernels.checks import workloads
+from pallas_kernels.checks import lowering, workloads
 from pallas_kernels.checks.case import Case
-from pallas_kernels.checks.gates import Verdict
+from pallas_kernels.checks.gates import Verdict, brief
 from pallas_kernels.tuning import Key, bucket
 
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "forward": {"block": (64, 96, 128, 160), "stages": (2, 3), "consumers": (2, 3)},
-    "backward": {"stages": (2, 3), "split": (False, True), "key_block": (64, 128), "v_stages": (1, 2)},
+    "forward": {"block": (64, 128), "stages": (2, 3), "consumers": (2, 3)},
+    "dkv": {"stages": (2, 3), "split": (False, True)},
+    "dq": {"key_block": (64, 128), "v_stages": (1, 2)},
     "decode": {"stages": (2, 4, 6), "splits": (1, 4, 8, 16, 32)},
     "latent": {"splits": (1, 2, 4, 8, 16, 32)},
     "backend": {"name": ("mosaic_gpu", "cudnn")},
 }
 """Kernel -> what its configuration may say; of "backend", which one serves dense calls."""
+SOURCES = {
+    "forward": "attention.mosaic_gpu_forward",
+    "dkv": "attention.mosaic_gpu_dkv",
+    "dq": "attention.mosaic_gpu_dq",
+    "decode": "paged_attention.mosaic_gpu",
+    "latent": "paged_attention.mosaic_gpu",
+}
+"""Kernel -> the module that makes it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +82,27 @@ class Candidate:
 
         return dataclasses.replace(case, name=f"{begin}: {chosen}", call=call, baseline=None)
 
+    @property
+    def compiled(self) -> str | None:
+        """What the compiler sees of it: the same for every length and batch, which change nothing but numbers.
+
+        None: there is nothing to prune, as the heuristic is always timed.
+        """
+        key = self.workload.key
+        if self.config is None or key.kernel == "backend":
+            return None
+        pages = f" page {key.page} group {key.group}" if key.page else ""
+        config = {n: "many" if n == "splits" and value > 1 else value for n, value in self.config.items()}
+        chosen = ", ".join(f"{name} {value}" for name, value in config.items())
+        return f"{key.kernel} d{key.width} {key.dtype}{pages}: {chosen}"
+
 
 def all_workloads() -> list[Workload]:
     """What is tuned, the most telling first; backends are compared once their kernels are tuned."""
     found = []
     dense = list(itertools.product((16384, 2048), (128, 64, 256)))
-    for kernel, make in (("forward", workloads.forward), ("backward", workloads.backward)):
+    # The kernels of the backward pass follow each other, so each is tuned for itself.
+    for kernel, make in (("forward", workloads.forward), ("dkv", workloads.backward), ("dq", workloads.backward)):
         for tokens, width in dense:
             key = Key(kernel, "bfloat16", width, 0, 0, bucket(tokens), 0)
             found.append(Workload("attention", key, functools.partial(make, 2048 // width, width, True, tokens)))
@@ -125,13 +150,30 @@ def _grid(kernel: str) -> list[dict[str, Any]]:
     return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
 
 
-def fingerprint(operation: str) -> str:
-    """Changes with an operation's source, with what kernels share, and with jax: what a verdict was about."""
-    root = Path(pallas_kernels.__file__).parent
+@functools.cache
+def fingerprint(kernel: str) -> str:
+    """Changes with a kernel's source, with whatever of ours that imports, and with jax: what a verdict was about.
+
+    It is that of the first call: what is edited while candidates are compiled comes too late for them.
+    """
     digest = hashlib.sha256(jax.__version__.encode())
-    for path in sorted([*(root / operation).glob("*.py"), root / "hopper.py"]):
+    for path in sorted(_imported(Path(pallas_kernels.__file__).parent, SOURCES[kernel])):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _imported(root: Path, module: str, found: frozenset[Path] = frozenset()) -> frozenset[Path]:
+    """A module's file and those of all modules of ours that it imports."""
+    path = root.joinpath(*module.split(".")).with_suffix(".py")
+    if path in found or not path.is_file():
+        return found
+    found |= {path}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(root.name):
+            inner = (node.module or "").removeprefix(root.name).removeprefix(".")
+            for name in ("", *(alias.name for alias in node.names)):
+                found = _imported(root, ".".join(filter(None, (inner, name))), found)
+    return found
 
 
 @dataclasses.dataclass
@@ -147,23 +189,36 @@ class Pruned:
 
     def get(self, candidate: Candidate) -> bool | None:
         """Whether the candidate compiled without a fault; None: not known."""
-        verdict = self.verdicts.get(candidate.case.name)
-        if verdict is None or verdict["fingerprint"] != fingerprint(candidate.workload.operation):
+        verdict = self.verdicts.get(candidate.compiled or "")
+        if verdict is None or verdict["fingerprint"] != fingerprint(candidate.workload.key.kernel):
             return None
         passed: bool = verdict["passed"]
         return passed
 
     def put(self, candidate: Candidate, verdict: Verdict) -> None:
         """Takes in a verdict of the gate "compile", if it is one, and writes the file."""
-        if verdict.passed is None:
+        if verdict.passed is None or verdict.lost or candidate.compiled is None:
             return
-        self.verdicts[verdict.case] = {
+        self.verdicts[candidate.compiled] = {
             "passed": verdict.passed,
             "reason": verdict.reason,
-            "fingerprint": fingerprint(candidate.workload.operation),
+            "fingerprint": fingerprint(candidate.workload.key.kernel),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.verdicts, indent=1, sort_keys=True) + "\n")
+
+
+def invalid(operation: str, held: Mapping[str, Any]) -> str | None:
+    """Why an entry of a tuning table would not do, or None: its kernel is lowered for an H100 with it."""
+    key = Key(**held["key"])
+    workload = next((one for one in all_workloads() if (one.operation, one.key) == (operation, key)), None)
+    if workload is None:
+        return f"no workload of {operation} has the key {key}"
+    try:
+        lowering.lower(Candidate(workload, held["config"]).case)
+    except Exception as error:
+        return brief(error)
+    return None
 
 
 def entry(workload: Workload, config: Mapping[str, Any], seconds: float, heuristic: float | None) -> dict[str, Any]:

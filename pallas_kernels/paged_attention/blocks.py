@@ -7,6 +7,7 @@ gradient; `reference` has.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,78 @@ def cut(
     )
 
 
+Fetch = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""A block's table int32[B, K or 1, n] and where its slots' tokens stand -> keys and values [B, K, S, D]."""
+
+
+def attend_blocks(
+    cuts: Pages,
+    q: jax.Array,
+    kv_heads: int,
+    value_dim: int,
+    fetch: Fetch,
+    *,
+    q_positions: jax.Array,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to whatever `fetch` gives of each block: a softmax kept up from block to block.
+
+    (Milakov and Gimelshein 2018, 1805.02867.) Returns out [B, T, H, Dv] and lse float32[B, T, H].
+    """
+    batch, tokens, heads, _ = q.shape
+    rows = (batch, kv_heads, heads // kv_heads, tokens)
+
+    def trip(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, out = carry
+        table, left, where = cuts.block(number)
+        k, v = fetch(table, where)
+        mask, held = seen_and_held(table, left, where, q_positions, window, cuts.page)
+        # Unused slots may hold anything, NaN too, and a weight of 0 does not silence a NaN.
+        v = jnp.where(held[..., None], v, 0)
+        masked = jnp.where(mask, scores(q, k, scale, soft_cap), -jnp.inf)
+        higher = jnp.maximum(top, jnp.max(masked, axis=-1))
+        shift = jnp.where(jnp.isfinite(higher), higher, 0.0)
+        weights = jnp.exp(masked - shift[..., None])
+        fade = jnp.exp(top - shift)
+        added = weighted(weights, v)
+        return higher, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + added
+
+    nothing = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, value_dim)))
+    top, total, out = jax.lax.fori_loop(cuts.first, cuts.last, trip, nothing)
+    some = total != 0
+    out = jnp.where(some[..., None], out / jnp.where(some, total, 1.0)[..., None], 0.0)
+    lse = jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + jnp.where(jnp.isfinite(top), top, 0.0), -jnp.inf)
+    return heads_last(out.astype(q.dtype)), heads_last(lse)
+
+
+def weigh_blocks(
+    cuts: Pages,
+    q: jax.Array,
+    kv_heads: int,
+    fetch_keys: Callable[[jax.Array, jax.Array], jax.Array],
+    slots: int,
+    *,
+    lse: jax.Array,
+    row_weights: jax.Array,
+    q_positions: jax.Array,
+    window: jax.Array | int | None,
+    soft_cap: float | None,
+    scale: float,
+) -> jax.Array:
+    """The attention mass each of the table's slots receives, of what `fetch_keys` gives: float32[B, K, slots]."""
+
+    def trip(number: jax.Array, mass: jax.Array) -> jax.Array:
+        table, left, where = cuts.block(number)
+        mask, _ = seen_and_held(table, left, where, q_positions, window, cuts.page)
+        some = column_weights(q, fetch_keys(table, where), mask, lse, row_weights, scale, soft_cap)
+        return jax.lax.dynamic_update_slice_in_dim(mass, some, number * cuts.slots, 2)
+
+    mass = jnp.zeros((q.shape[0], kv_heads, cuts.table.shape[2] * cuts.page))
+    return jax.lax.fori_loop(cuts.first, cuts.last, trip, mass)[..., :slots]
+
+
 def paged_attention(
     q: jax.Array,
     k_pool: jax.Array,
@@ -118,36 +191,21 @@ def paged_attention(
     v_scale: jax.Array | None,
     v_min: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.paged_attention`. A softmax kept up from block to block (Milakov and Gimelshein 2018, 1805.02867)."""
+    """See `api.paged_attention`."""
     cuts = cut(q, k_pool, block_table, lengths, positions, q_positions, window)
-    batch, tokens, heads, _ = q.shape
     kv_heads = max(block_table.shape[1], k_pool.shape[2])
     packed = codes_per_byte(q, k_pool)
-    width = value_dim if v_pool is None else v_pool.shape[-1] * packed
-    rows = (batch, kv_heads, heads // kv_heads, tokens)
+    width = v_pool.shape[-1] * packed if v_pool is not None else value_dim or 0
 
-    def trip(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        top, total, out = carry
-        table, left, where = cuts.block(number)
+    def fetch(table: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
         k = dequantised(k_pool, k_scale, k_min, table, layer, q.dtype, packed)
-        v = k[..., :width] if v_pool is None else dequantised(v_pool, v_scale, v_min, table, layer, q.dtype, packed)
-        mask, held = seen_and_held(table, left, where, q_positions, window, cuts.page)
-        # Unused slots may hold anything, NaN too, and a weight of 0 does not silence a NaN.
-        v = jnp.where(held[..., None], v, 0)
-        masked = jnp.where(mask, scores(q, k, scale, soft_cap), -jnp.inf)
-        higher = jnp.maximum(top, jnp.max(masked, axis=-1))
-        shift = jnp.where(jnp.isfinite(higher), higher, 0.0)
-        weights = jnp.exp(masked - shift[..., None])
-        fade = jnp.exp(top - shift)
-        added = weighted(weights, v)
-        return higher, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + added
+        if v_pool is None:
+            return k, k[..., :width]
+        return k, dequantised(v_pool, v_scale, v_min, table, layer, q.dtype, packed)
 
-    nothing = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((*rows, width)))
-    top, total, out = jax.lax.fori_loop(cuts.first, cuts.last, trip, nothing)
-    some = total != 0
-    out = jnp.where(some[..., None], out / jnp.where(some, total, 1.0)[..., None], 0.0)
-    lse = jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + jnp.where(jnp.isfinite(top), top, 0.0), -jnp.inf)
-    return heads_last(out.astype(q.dtype)), heads_last(lse)
+    return attend_blocks(
+        cuts, q, kv_heads, width, fetch, q_positions=q_positions, window=window, soft_cap=soft_cap, scale=scale
+    )
 
 
 def paged_weights(
@@ -170,13 +228,21 @@ def paged_weights(
     """See `api.paged_weights`."""
     cuts = cut(q, k_pool, block_table, lengths, positions, q_positions, window)
     kv_heads = max(block_table.shape[1], k_pool.shape[2])
+    packed = codes_per_byte(q, k_pool)
 
-    def trip(number: jax.Array, mass: jax.Array) -> jax.Array:
-        table, left, where = cuts.block(number)
-        k = dequantised(k_pool, k_scale, k_min, table, layer, q.dtype, codes_per_byte(q, k_pool))
-        mask, _ = seen_and_held(table, left, where, q_positions, window, cuts.page)
-        some = column_weights(q, k, mask, lse, row_weights, scale, soft_cap)
-        return jax.lax.dynamic_update_slice_in_dim(mass, some, number * cuts.slots, 2)
+    def fetch_keys(table: jax.Array, where: jax.Array) -> jax.Array:
+        return dequantised(k_pool, k_scale, k_min, table, layer, q.dtype, packed)
 
-    mass = jnp.zeros((q.shape[0], kv_heads, cuts.table.shape[2] * cuts.page))
-    return jax.lax.fori_loop(cuts.first, cuts.last, trip, mass)[..., : block_table.shape[2] * cuts.page]
+    return weigh_blocks(
+        cuts,
+        q,
+        kv_heads,
+        fetch_keys,
+        block_table.shape[2] * cuts.page,
+        lse=lse,
+        row_weights=row_weights,
+        q_positions=q_positions,
+        window=window,
+        soft_cap=soft_cap,
+        scale=scale,
+    )

@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.numerics import TOLERANCES
-from pallas_kernels.paged_attention.triton_cases import Shape, attend, inputs, weigh
+from pallas_kernels.paged_attention.shapes import Shape, around_a_page, attend, exact, inputs, weigh
 
 BACKEND = "mosaic_gpu"
 CONTEXT = 32768
@@ -26,7 +24,7 @@ def case(name: str, shape: Shape, size: Literal["small", "full"], operation: str
     # A chunk stands at the end of the row and sees itself causally: half of itself on average.
     seen = shape.slots - (shape.tokens - 1) / 2
     plain = size == "full" and shape.window is None and not shape.ragged
-    moved = vectors * (shape.width * shape.element_bytes + (4 if shape.codes else 0))
+    moved = vectors * shape.vector_bytes
     return Case(
         name=f"paged {name} {size}",
         operation=operation,
@@ -34,8 +32,7 @@ def case(name: str, shape: Shape, size: Literal["small", "full"], operation: str
         size=size,
         inputs=inputs(shape),
         call=call(shape, BACKEND),
-        # Whatever the pool holds is read in the queries' dtype.
-        reference=lambda q, *rest: call(shape, "xla")(q.astype(jnp.float32), *rest),
+        reference=exact(shape, call),
         tolerance=TOLERANCES[shape.dtype],
         flops=2.0 * shape.batch * shape.tokens * shape.heads * seen * widths if plain else None,
         bytes_moved=float(moved) + (4.0 * vectors if weights else 0.0) if plain else None,
@@ -49,15 +46,25 @@ SMALL = {
     "decode d128 f16, page of a block": replace(TINY, width=128, page=64, entries=3, dtype="float16"),
     "decode page of two blocks, window, soft cap": replace(TINY, page=128, entries=2, window=70, soft_cap=5.0),
     "decode rows per head, positions, window": replace(TINY, row_per_head=True, ordered=False, window=200),
-    "decode int8": replace(TINY, codes="int8"),
-    "decode fp8, page of 8": replace(TINY, width=128, codes="float8_e4m3fn", page=8, entries=18),
+    "decode int8": replace(TINY, codes="int8", page=32, entries=5),
+    "decode page of 8": replace(TINY, width=128, page=8, entries=18),
+    "decode fp8": replace(TINY, width=128, codes="float8_e4m3fn", page=32, entries=5),
     "decode mla": replace(TINY, kv_heads=1, width=192, value=128),
     "chunk": replace(TINY, tokens=40),
-    "chunk int8, positions": replace(TINY, tokens=40, codes="int8", ordered=False),
+    "chunk int8, positions": replace(TINY, tokens=40, codes="int8", page=32, entries=5, ordered=False),
+    "decode int4": around_a_page(replace(TINY, codes="int4", page=32)),
+    "decode int4 d128, page of two blocks, positions": replace(
+        TINY, batch=2, heads=2, kv_heads=1, width=128, codes="int4", page=128, entries=2, ordered=False
+    ),
+    "decode kivi 2 bits": around_a_page(replace(TINY, width=128, codes="kivi2", page=32)),
+    "decode kivi 4 bits, page of a block": replace(TINY, codes="kivi4", page=64, entries=3, window=70),
+    "chunk int4": replace(TINY, batch=2, heads=2, kv_heads=1, tokens=40, codes="int4", page=32, entries=3),
 }
 SMALL_WEIGHTS = {
     "weights decode": TINY,
-    "weights int8, rows per head, positions": replace(TINY, row_per_head=True, codes="int8", ordered=False),
+    "weights int8, rows per head, positions": replace(
+        TINY, row_per_head=True, codes="int8", page=32, entries=5, ordered=False
+    ),
     "weights chunk, window": replace(TINY, tokens=70, window=90),
 }
 
@@ -85,6 +92,13 @@ FULL = {
         for short, codes in (("int8", "int8"), ("fp8", "float8_e4m3fn"))
     },
     "decode d128 int8 positions": _decode(codes="int8", ordered=False),
+    **{f"decode d{width} int4": _decode(width=width, codes="int4") for width in (64, 128)},
+    "decode d128 int4 page 16": _decode(page=16, codes="int4"),
+    "decode d128 int4 positions": _decode(codes="int4", ordered=False),
+    "decode d128 kivi 2 bits": _decode(page=32, codes="kivi2"),
+    "decode d128 kivi 4 bits": _decode(page=32, codes="kivi4"),
+    "chunk d128 int4": replace(CHUNK, codes="int4"),
+    "chunk d128 kivi 2 bits": replace(CHUNK, page=32, entries=CONTEXT // 32, codes="kivi2"),
     **{f"decode mla {heads} heads": replace(LATENT, heads=heads) for heads in (16, 64, 128)},
     "decode mla 128 heads one sequence": replace(LATENT, heads=128, batch=1),
     **{f"chunk d{width}": replace(CHUNK, width=width) for width in (64, 128, 256)},

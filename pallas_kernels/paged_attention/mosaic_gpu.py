@@ -15,12 +15,24 @@ import jax.numpy as jnp
 
 from pallas_kernels import device
 from pallas_kernels.merge import merge
-from pallas_kernels.paged_attention.mosaic_plan import BLOCK, attention_plan, weights_plan
+from pallas_kernels.paged_attention.mosaic_plan import (
+    BLOCK,
+    CODES_AT_ONCE,
+    Plan,
+    attention_plan,
+    groups_of,
+    weights_plan,
+)
 from pallas_kernels.paged_attention.mosaic_scores import LOG2_E, Scoring
+from pallas_kernels.paged_attention.reference import codes_per_byte
 from pallas_kernels.tuning import Key, bucket, tuned
 
 DTYPES = ("bfloat16", "float16")
 CODES = ("int8", "float8_e4m3fn")
+SCALE_BYTES = 4
+"""Of one vector's float32 scale."""
+COPY_ALIGNMENT = 128
+"""Bytes at a multiple of which a tensor copy must land in shared memory; pages' scales land one behind the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +120,10 @@ def unsupported(**call: Any) -> str | None:
         return f"queries must be one of {', '.join(DTYPES)}, got {q.dtype.name}"
     for name, pool in pools.items():
         scale, minimum = (call.get(f"{name[0]}_{part}") for part in ("scale", "min"))
+        if pool.dtype.name == "uint8":
+            if (reason := _unpackable(name, pool, scale, minimum, call)) is not None:
+                return reason
+            continue
         if minimum is not None or (scale is not None and scale.ndim != 4):
             return f"{name} has scales for groups of channels; this backend takes one scale per vector, and no minima"
         if scale is None and pool.dtype != q.dtype:
@@ -121,18 +137,53 @@ def unsupported(**call: Any) -> str | None:
     page = call["k_pool"].shape[3]
     if page % BLOCK and (BLOCK % page or page < 8):
         return f"a page must hold 8, 16, 32 or a multiple of {BLOCK} slots, got {page}"
+    if call.get("k_scale") is not None and call["k_scale"].ndim == 4 and page * SCALE_BYTES % COPY_ALIGNMENT:
+        return f"the scales of a page of {page} slots fill no multiple of {COPY_ALIGNMENT} bytes"
     if "lse" in call:
         plan = weights_plan(q, call["k_pool"], call["block_table"])
         return None if plan.stages >= 2 else "queries and keys of this width do not fit in shared memory"
     in_key = "v_pool" not in pools
     if in_key and call.get("k_scale") is not None:
         return "values within keys that are codes"
-    plan = attention_plan(q, call["k_pool"], call.get("v_pool"), call["block_table"], call.get("value_dim"))
+    scales = {name: call.get(name) for name in ("k_scale", "v_scale")}
+    plan = attention_plan(q, call["k_pool"], call.get("v_pool"), call["block_table"], call.get("value_dim"), **scales)
     if plan.columns % 64:
         return f"a value of {plan.value_width} channels: each of two warpgroups takes half, a multiple of 64"
     if plan.columns > 256:
         return f"a value of {plan.value_width} channels: its sums do not fit in registers"
     return None if plan.stages >= 2 else "keys and values of this width do not fit in shared memory"
+
+
+def _unpackable(name: str, pool: Any, scale: Any, minimum: Any, call: dict[str, Any]) -> str | None:
+    """Why codes that share bytes cannot be read, or None."""
+    packed = codes_per_byte(call["q"], call["k_pool"])
+    width, page = pool.shape[-1] * packed, pool.shape[3]
+    if "lse" in call:
+        return "attention weights from codes that share bytes"
+    if "v_pool" not in call or call["v_pool"] is None:
+        return "values within keys that are codes"
+    if call["v_pool"].dtype != call["k_pool"].dtype:
+        return "codes that share bytes in one of two pools"
+    if packed not in (2, 4):
+        return f"a byte must hold 2 codes of 4 bits or 4 of 2 bits, got {packed} of them"
+    if width not in (64, 128):
+        return f"codes that share bytes must be of 64 or 128 channels, got a {name} of {width}"
+    if pool.shape[-1] % CODES_AT_ONCE:
+        return f"codes that share bytes must fill a multiple of {CODES_AT_ONCE}, got a {name} of {pool.shape[-1]} bytes"
+    if scale is None or minimum is None or scale.shape != minimum.shape or scale.ndim != 5:
+        return f"codes that share bytes need scales and minima for groups of channels of a {name}"
+    if scale.dtype != jnp.float16 or minimum.dtype != jnp.float16:
+        return f"scales of groups of channels must be float16, got {scale.dtype.name}"
+    groups = groups_of(pool, scale)
+    if groups == 0:
+        if name == "v_pool" or page < 32:
+            return "scales per channel of a page must be those of keys, and the page must hold 32 slots or more"
+        return None
+    if width % groups or width // groups % CODES_AT_ONCE:
+        return f"groups of channels that share a scale must be multiples of {CODES_AT_ONCE}, got {width // groups}"
+    if min(page, BLOCK) * groups % 64:
+        return f"the scales of a page of {page} slots with {groups} groups fill no multiple of {COPY_ALIGNMENT} bytes"
+    return None
 
 
 def paged_attention(
@@ -163,7 +214,7 @@ def paged_attention(
         slots = bucket(block_table.shape[2] * page)
         key = Key(kernel, k_pool.dtype.name, width, heads // kv_heads, page, slots, bucket(batch))
         config = tuned("paged_attention", key)
-    plan = attention_plan(q, k_pool, v_pool, block_table, value_dim, **(config or {}))
+    plan = attention_plan(q, k_pool, v_pool, block_table, value_dim, k_scale=k_scale, v_scale=v_scale, **(config or {}))
     group = heads // kv_heads
     seen = sight(block_table, lengths, positions, q_positions, window, page, group, plan.tiles, plan.held_rows)
     operands = {
@@ -178,8 +229,11 @@ def paged_attention(
         "limit": seen.limit,
         "positions": seen.positions,
         "holes": seen.holes,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
+        **(
+            {"k_scale": k_scale, "v_scale": v_scale}
+            if plan.packed == 1
+            else _scales(plan, k_scale, k_min, v_scale, v_min)
+        ),
     }
     present = {name: value for name, value in operands.items() if value is not None}
     from pallas_kernels.paged_attention.mosaic_read import read
@@ -188,6 +242,16 @@ def paged_attention(
     lses = lses[..., : plan.rows] if plan.tiles == 1 else lses
     out, lse = (outs[0], lses[0]) if plan.parts == 1 else merge(outs, lses)
     return unpacked(out, tokens, heads).astype(q.dtype), unpacked(lse, tokens, heads)
+
+
+def _scales(plan: Plan, *scales: jax.Array | None) -> dict[str, jax.Array]:
+    """Those of parts of vectors, and minima, in rows that the copy engine takes."""
+    found = {}
+    for name, scale in zip(("k_step", "k_low", "v_step", "v_low"), scales, strict=True):
+        assert scale is not None
+        columns = plan.scales_of_page(name[0])[1]
+        found[name] = scale.reshape(*scale.shape[:3], -1, columns)
+    return found
 
 
 def paged_weights(

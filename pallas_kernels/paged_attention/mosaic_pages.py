@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.paged_attention.mosaic_plan import BLOCK, Plan
+from pallas_kernels.paged_attention.mosaic_plan import BLOCK, CODES_AT_ONCE, Plan
 
 GRID = ("batch", "head", "tile", "split")
 
@@ -54,12 +54,12 @@ class Row:
         places = (jnp.minimum(first + j, last) for j in range(self.per_block))
         return tuple(self.table[self.sequence, self.row, place] for place in places)
 
-    def pages(self, pool: Any, block: jax.Array, numbers: tuple[jax.Array, ...]) -> list[Any]:
-        """Where a block lies in a pool, page by page, in order."""
-        if self.page <= BLOCK:
+    def pages(self, pool: Any, block: jax.Array, numbers: tuple[jax.Array, ...], rows: int) -> list[Any]:
+        """Where a block lies in a pool, page by page, in order, `rows` rows of each."""
+        if pool.shape[3] == rows:
             slots: Any = slice(None)
         else:
-            slots = pl.ds(lax.rem(block, jnp.int32(self.page // BLOCK)) * BLOCK, BLOCK)
+            slots = pl.ds(lax.rem(block, jnp.int32(self.page // BLOCK)) * rows, rows)
         # Whatever is read for a page that is not there, the mask hides.
         rest = (slice(None),) * (len(pool.shape) - 4)
         return [pool.at[(jnp.maximum(number, 0), self.layer, self.head, slots, *rest)] for number in numbers]
@@ -70,7 +70,8 @@ class Stream:
     """What follows a sequence block by block into shared memory, behind one pair of barriers.
 
     Attributes:
-      pools: pairs of a pool in global memory and its stages in shared memory [stages, BLOCK, ...].
+      pools: pairs of a pool in global memory and its stages in shared memory [stages, rows, ...], BLOCK rows but for
+        scales of parts of vectors.
       flat: pairs of an array [S] in global memory, S a multiple of BLOCK, and its stages [stages, BLOCK].
       full: one arrival for each copy of a block. free: one for each consumer of a block.
     """
@@ -82,9 +83,9 @@ class Stream:
 
     def load(self, row: Row, block: jax.Array, numbers: tuple[jax.Array, ...], stage: jax.Array) -> None:
         """Starts the copies of a block that lies in the pages `numbers`."""
-        size = min(row.page, BLOCK)
         for pool, stages in self.pools:
-            for j, source in enumerate(row.pages(pool, block, numbers)):
+            size = stages.shape[1] // row.per_block
+            for j, source in enumerate(row.pages(pool, block, numbers, size)):
                 plgpu.copy_gmem_to_smem(source, stages.at[stage, pl.ds(j * size, size)], self.full.at[stage])
         for array, stages in self.flat:
             plgpu.copy_gmem_to_smem(array.at[pl.ds(block * BLOCK, BLOCK)], stages.at[stage], self.full.at[stage])
@@ -129,8 +130,15 @@ def staging(plan: Plan, names: Collection[str], widths: Mapping[str, int], store
     scratch: dict[str, Any] = {}
     arrivals = {}
     for name, width in widths.items():
-        scratch[name] = _tiles((plan.stages, BLOCK, width), stored)
         arrivals[name] = plan.per_block
+        if plan.packed > 1:
+            scratch[name] = _tiles((plan.stages, BLOCK, width // plan.packed), stored, CODES_AT_ONCE)
+            rows, columns = plan.scales_of_page(name)
+            for part in ("step", "low"):
+                scratch[f"{name}_{part}"] = plgpu.SMEM((plan.stages, plan.per_block * rows, columns), jnp.float16)
+            arrivals[name] *= 3
+        else:
+            scratch[name] = _tiles((plan.stages, BLOCK, width), stored, code_columns(width))
         if f"{name}_scale" in names:
             scratch[f"{name}_scale"] = plgpu.SMEM((plan.stages, BLOCK), jnp.float32)
             arrivals[name] *= 2
@@ -148,10 +156,9 @@ def code_columns(width: int) -> int:
     return 128 if width == 128 else 64
 
 
-def _tiles(shape: tuple[int, ...], stored: Any) -> Any:
+def _tiles(shape: tuple[int, ...], stored: Any, columns: int) -> Any:
     if jnp.dtype(stored).itemsize > 1:
         return hopper.tiles(shape, stored)
-    columns = code_columns(shape[-1])
     return plgpu.SMEM(shape, stored, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns)))
 
 
@@ -163,7 +170,8 @@ def streams(given: Mapping[str, Any], scratch: Mapping[str, Any], todo: Work) ->
         found.append(Stream((), scratch["positions_full"], scratch["positions_free"], (flat,)))
     for name in ("k", "v"):
         if name in scratch:
-            pools = [(given[part], scratch[part]) for part in (name, f"{name}_scale") if part in scratch]
+            parts = (name, f"{name}_scale", f"{name}_step", f"{name}_low")
+            pools = [(given[part], scratch[part]) for part in parts if part in scratch]
             found.append(Stream(tuple(pools), scratch[f"{name}_full"], scratch[f"{name}_free"]))
     return tuple(found)
 

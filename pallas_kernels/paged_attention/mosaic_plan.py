@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention.reference import codes_per_byte
+
 SHARED_MEMORY = 232448
 """Bytes of shared memory a thread block may have."""
 BLOCK = 64
@@ -20,6 +22,8 @@ PROCESSORS = 132
 MARGIN = 5120
 """Shared memory for barriers, reductions and alignment."""
 MOST_STAGES = 6
+CODES_AT_ONCE = 32
+"""Bytes of several codes converted at a time: a tile's columns, and no wider than the channels that share a scale."""
 MOST_WEIGHED = 128
 """Query rows whose weights one thread block sums; their scores are float32 in registers."""
 OVERHEAD = 4
@@ -41,6 +45,8 @@ class Plan:
       stages: blocks in flight. splits: thread blocks that share one sequence.
       page, width, value_width: slots of a page, channels of a key and of a value.
       shared_rows: one table row serves all heads.
+      packed: codes in a byte of the pools, which then have scales and minima; 1: none share one.
+      k_groups, v_groups: into which a vector's channels fall that share those; 0: each channel of a page has its own.
     """
 
     share: Share
@@ -53,6 +59,18 @@ class Plan:
     width: int
     value_width: int
     shared_rows: bool
+    packed: int = 1
+    k_groups: int = 0
+    v_groups: int = 0
+
+    def groups(self, name: str) -> int:
+        """`k_groups` or `v_groups`."""
+        return self.k_groups if name == "k" else self.v_groups
+
+    def scales_of_page(self, name: str) -> tuple[int, int]:
+        """The shape in which one page's part of a block has its scales copied, and as many minima: contiguous rows."""
+        groups, width = self.groups(name), self.width if name == "k" else self.value_width
+        return (groups, min(self.page, BLOCK)) if groups else (1, width)
 
     @property
     def parts(self) -> int:
@@ -96,6 +114,8 @@ def attention_plan(
     block_table: Any,
     value_dim: int | None,
     *,
+    k_scale: Any = None,
+    v_scale: Any = None,
     stages: int | None = None,
     splits: int | None = None,
 ) -> Plan:
@@ -109,7 +129,8 @@ def attention_plan(
     kv_heads = max(block_table.shape[1], k_pool.shape[2])
     rows = tokens * heads // kv_heads
     share: Share
-    columns = value_dim if v_pool is None else v_pool.shape[-1]
+    packed = codes_per_byte(q, k_pool)
+    columns = value_dim if v_pool is None else v_pool.shape[-1] * packed
     assert columns is not None
     if v_pool is None or (k_pool.dtype.itemsize == 1 and columns > 128):
         # Converting codes beside the sums of all columns takes more registers than there are.
@@ -119,6 +140,11 @@ def attention_plan(
     else:
         share, held = "rows", CONSUMERS * ROWS
     once, stage = _attention_memory(held, width, columns, q.dtype, k_pool.dtype, in_key=v_pool is None)
+    groups = (0, 0) if packed == 1 else (groups_of(k_pool, k_scale), groups_of(v_pool, v_scale))
+    if packed > 1:
+        stage = BLOCK * (width + columns) // packed + BLOCK * 4
+        for count, channels in zip(groups, (width, columns), strict=True):
+            stage += 4 * (BLOCK * count if count else max(BLOCK // page, 1) * channels)
     tiles = -(-rows // held)
     blocks = -(-entries * page // BLOCK)
     return Plan(
@@ -132,7 +158,15 @@ def attention_plan(
         width=width,
         value_width=columns,
         shared_rows=kv_heads == k_pool.shape[2],
+        packed=packed,
+        k_groups=groups[0],
+        v_groups=groups[1],
     )
+
+
+def groups_of(pool: Any, scale: Any) -> int:
+    """Groups of channels with a scale of their own beside each vector of a pool; 0: each channel of a page has one."""
+    return 0 if scale is None or scale.shape[3] != pool.shape[3] else int(scale.shape[4])
 
 
 def weights_plan(q: Any, k_pool: Any, block_table: Any, *, splits: int | None = None) -> Plan:

@@ -18,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.paged_attention.mosaic_codes import unpack
 from pallas_kernels.paged_attention.mosaic_mask import Block, block_at, silence, visible
 from pallas_kernels.paged_attention.mosaic_pages import GRID, Work, code_columns, produce, staging, streams, work
-from pallas_kernels.paged_attention.mosaic_plan import BLOCK, ROWS, Plan
+from pallas_kernels.paged_attention.mosaic_plan import BLOCK, CODES_AT_ONCE, ROWS, Plan
 from pallas_kernels.paged_attention.mosaic_scores import Scoring
 
 
@@ -32,7 +33,8 @@ def read(plan: Plan, scoring: Scoring, operands: dict[str, jax.Array], dtype: An
         "layer" int32[1], "bounds" int32[2, B, K or 1, tiles] (the blocks from and before which a tile sees anything),
         "lower", "upper" int32[B, K or 1, tiles * held_rows] (the positions a row sees, from and before),
         "limit" int32[B, K or 1] (slots in use), and where they apply "positions" int32[B, K or 1, blocks * BLOCK],
-        "holes" int32[B, K or 1, blocks] (whether a block has positions of -1), "k_scale", "v_scale" (pools).
+        "holes" int32[B, K or 1, blocks] (whether a block has positions of -1), "k_scale", "v_scale" (pools), or for
+        codes that share bytes "k_step", "k_low", "v_step", "v_low" (pools, rows as in `Plan.scales_of_page`).
 
     Returns:
       out [parts, B, K, tiles * rows, Dv], float32, or where `plan.finished` in `dtype`; lse float32[parts, B, K,
@@ -63,12 +65,14 @@ def read(plan: Plan, scoring: Scoring, operands: dict[str, jax.Array], dtype: An
 def _scratch(plan: Plan, names: tuple[str, ...], compute: Any, stored: Any, dtype: Any) -> dict[str, Any]:
     widths = {name: width for name, width in (("k", plan.width), ("v", plan.value_width)) if name in names}
     scratch = staging(plan, names, widths, stored)
-    scratch["q"] = hopper.tiles((plan.held_rows // ROWS, ROWS, plan.width), compute)
+    # Both sides of a product are cut into tiles of the same width.
+    columns = CODES_AT_ONCE if plan.packed > 1 else None
+    scratch["q"] = hopper.tiles((plan.held_rows // ROWS, ROWS, plan.width), compute, columns)
     scratch["q_full"] = plgpu.Barrier(num_arrivals=plan.held_rows // ROWS)
     if plan.share != "blocks":
         scratch["meet"] = plgpu.Barrier(num_arrivals=plan.consumers)
     if stored != compute:
-        scratch["converted"] = hopper.tiles((plan.consumers, BLOCK, max(widths.values())), compute)
+        scratch["converted"] = hopper.tiles((plan.consumers, BLOCK, max(widths.values())), compute, columns)
     if plan.rows < ROWS:
         scratch["out"] = hopper.tiles((plan.consumers, ROWS, BLOCK), jnp.float32)
     return scratch
@@ -161,7 +165,7 @@ class _Consumer:
             self.silenced(keys, block, self.me * self.plan.columns, self.plan.columns)
         column_scale = hopper.load(smem["k_scale"].at[stage], hopper.COLUMNS) if "k_scale" in smem else None
         if "converted" in smem:
-            keys = self.converted(keys, self.plan.width)
+            keys = self.unpacked("k", stage) if self.plan.packed > 1 else self.converted(keys, self.plan.width)
             plgpu.barrier_arrive(smem["k_free"].at[stage])
         queries = smem["q"].at[self.me if self.plan.share == "rows" else 0]
         products = hopper.product(queries, keys.transpose((1, 0)))
@@ -186,7 +190,8 @@ class _Consumer:
             weights = weights * hopper.columns_over(column_scale, weights.shape)
         narrow = weights.astype(smem["q"].dtype)  # before the conversion, which needs registers
         if "converted" in smem:
-            values = self.converted(values, plan.columns, block)
+            packed = plan.packed > 1
+            values = self.unpacked("v", stage, block) if packed else self.converted(values, plan.columns, block)
             plgpu.barrier_arrive(smem["v_free"].at[stage])
         elif name == "v":
             self.silenced(values, block, 0, plan.value_width)
@@ -212,6 +217,13 @@ class _Consumer:
             kept[:, columns] = tile.astype(kept.dtype)
         plgpu.commit_smem()
         return kept.at[:, pl.ds(0, width)]
+
+    def unpacked(self, name: str, stage: jax.Array, block: Block | None = None) -> Any:
+        """The same of codes that share bytes."""
+        kept = self.smem["converted"].at[self.me]
+        unpack(self.plan, name, self.smem, stage, kept, block)
+        plgpu.commit_smem()
+        return kept.at[:, pl.ds(0, self.plan.width if name == "k" else self.plan.value_width)]
 
     def silenced(self, values: Any, block: Block, begin: Any, columns: int) -> None:
         """Zeroes unused slots where there are any; consumers that share the block wait for each other."""

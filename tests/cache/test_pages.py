@@ -1,4 +1,4 @@
-"""The device's page allocator against a plain Python one, under random reserve, write, fork, reorder and release.
+"""The device's page allocator against a plain Python one: random reserve, write, fork, reorder, release, truncate.
 
 Two caches of several layer groups, so that a shortage in one group must leave the others alone too. Every token is
 written with a value of its own, and a copy of all values as if nothing were shared is kept beside: what is read through
@@ -93,6 +93,7 @@ def scores(position: Any) -> Any:
 reserve = jax.jit(pages.reserve)
 take = jax.jit(pages.take)
 release = jax.jit(pages.release)
+truncate = jax.jit(pages.truncate)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -166,6 +167,17 @@ class Machine:
         for model in self.models:
             model.release(np.flatnonzero(which).tolist())
         self._move([-1 if gone else b for b, gone in enumerate(which)])
+
+    def truncate(self, seen: Sequence[int]) -> None:
+        """Takes back tokens, under policies that only append: a row's slots are its positions."""
+        seen = np.minimum(seen, self.cache.seen).astype(np.int32)
+        self.cache = truncate(self.cache, seen)
+        for model, values, positions in zip(self.models, self.values, self.positions, strict=True):
+            for b, count in enumerate(seen):
+                for row in range(model.rows):
+                    model.truncate(row, b, -(-int(count) // PAGE))
+                values[:, :, b, count:] = np.nan
+                positions[:, b, count:] = -1
 
     def _move(self, parents: Sequence[int]) -> None:
         chosen = np.asarray(parents)
@@ -243,6 +255,28 @@ def test_pages_behave_as_the_plain_model_under_any_sequence_of_operations(first,
     machine.release([True] * BATCH)
     machine.check()
     assert all(int(group.top) == group.num_pages for group in machine.cache.groups), "nothing leaks"
+
+
+taken_back = st.tuples(
+    st.just("truncate"), st.lists(st.integers(0, CONTEXT), min_size=BATCH, max_size=BATCH), st.none()
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(steps=st.lists(st.one_of(operations, taken_back), min_size=4, max_size=14))
+def test_taking_tokens_back_returns_pages_and_harms_no_other_holder(steps):
+    machine = Machine(empty(Full(), Full()))
+    for operation, argument, written in steps:
+        if operation == "grow":
+            if machine.reserve(argument):
+                machine.write(np.minimum(argument, written))
+        else:
+            getattr(machine, operation)(argument)
+        machine.check()
+        assert machine.cache.seen.tolist() == machine.cache.groups[0].length[0].tolist()
+    machine.truncate([0] * BATCH)
+    machine.check()
+    assert int(machine.cache.groups[0].top) == machine.cache.groups[0].num_pages, "nothing leaks"
 
 
 def grown(first: Any, second: Any, tokens: int) -> Machine:

@@ -19,23 +19,36 @@ import pytest
 import kvjax
 from kvjax import CacheConfig, Select
 from kvjax.attention.selected import selected
-from kvjax.cache.codecs import Dense, Int8
+from kvjax.cache.codecs import KIVI, Dense, Int8
+from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.layout import KVSpec, group_layers
 from kvjax.cache.page_state import store
 from kvjax.cache.pages import reserve
-from kvjax.cache.policies import H2O, FastGen, Full, LMInfinite, Scissorhands, SlidingWindow, SnapKV, StreamingLLM
+from kvjax.cache.policies import (
+    H2O,
+    TOVA,
+    FastGen,
+    Full,
+    LMInfinite,
+    PyramidInfer,
+    Scissorhands,
+    SlidingWindow,
+    SnapKV,
+    StreamingLLM,
+)
 from kvjax.cache.selects import Chosen, Cost, Quest, SparQ, View
 from kvjax.cache.selects.quest import bounds
 from kvjax.cache.state import Cache, Group, empty_cache
+from kvjax.cache.tail import coded
 from kvjax.cache.write import layer_rows, place
 from kvjax.errors import ConfigError
 from tests.cache.tiny import feed, logits_after
 from tests.generate import test_memory_contract as contract
+from tests.generate.test_eviction_methods import oracle_of
 from tests.generate.test_variant_matrix import CHUNK, FORCED, LENGTH, LOGITS, MARGIN, ONE_FLIP, PROMPTS, VARIANTS
 from tests.models.cases import BASE, PLAIN, model_of, random_params, random_tokens
 from tests.oracles import codecs as oracle_codecs
 from tests.oracles import decoder
-from tests.oracles import policies as oracle_policies
 from tests.oracles import selects as oracle_selects
 
 BATCH = 4
@@ -86,10 +99,10 @@ class OracleLastPages(oracle_selects.OracleSelect):
     def __init__(self, pages: int, page_size: int):
         self.pages, self.page_size = pages, page_size
 
-    def choose(self, entries, queries, scale):
+    def choose(self, entries, queries, scale, beside=()):
         """Entries of the last pages."""
-        last = max(entry.slot // self.page_size for entry in entries)
-        chosen = [i for i, entry in enumerate(entries) if entry.slot // self.page_size > last - self.pages]
+        last = max((e.slot // self.page_size for i, e in enumerate(entries) if i not in beside), default=0)
+        chosen = [i for i, e in enumerate(entries) if i in beside or e.slot // self.page_size > last - self.pages]
         return oracle_selects.Selection(chosen, None, np.inf)
 
 
@@ -105,12 +118,31 @@ def oracle_select(select: Any, page_size: int, config: kvjax.ModelConfig) -> ora
 
 
 QUEST, SPARQ = Quest(2, dense_layers=0), SparQ(rank=3, slots=6, local=2)
+KIVI_2, KIVI_4 = KIVI(bits=2, group=4, residual=4), KIVI(bits=4, group=8, residual=8)
+DROPPING = Scissorhands(10, 2, history=7, drop=4)
+PYRAMID = PyramidInfer(1, 0.2, 1.2, keep=0.5, exceed=3)
+SOME = FastGen(0.75, 0.2, 0.2, special=(3, 11, 40, 52), punctuation=(5, 7, 19, 23, 30, 44, 58))
 CELLS = {
+    ("gqa", DROPPING, Dense(), QUEST, 4): (),
+    ("gqa", Full(), KIVI_2, Quest(1, dense_layers=0), 4): (),
+    ("gqa", Full(), KIVI_2, SparQ(rank=3, slots=4, local=3), 4): SLOW,
+    ("gqa", TOVA(11), Dense(), QUEST, 4): (),
+    ("gqa", H2O(6, 5), Dense(), SPARQ, 4): SLOW,
+    ("mla", H2O(6, 5), Int8(), SPARQ, 4): SLOW,
+    ("cla", TOVA(11), Int8(), QUEST, 4): SLOW,
+    ("gqa", SOME, Dense(), SPARQ, 4): SLOW,
+    ("gqa", PYRAMID, Int8(), QUEST, 4): SLOW,
+    ("mla", DROPPING, Int8(), SPARQ, 4): SLOW,
+    ("mla", Full(), KIVI_4, SparQ(rank=3, slots=4, local=3), 8): SLOW,
+    ("mla", Full(), KIVI_4, Quest(1, dense_layers=0), 8): SLOW,
+    ("gqa", SnapKV(8, 4, 3), KIVI_2, SPARQ, 4): SLOW,
+    ("cla", SnapKV(8, 4, 3), KIVI_2, Quest(1, dense_layers=0), 4): SLOW,
+    ("gqa", Full(), KIVI(4, 4, 8), LastPages(1), 4): SLOW,
     ("gqa", Full(), Dense(), QUEST, 4): (),
     ("gqa", Full(), Dense(), SPARQ, 16): (),
     ("mla", Full(), Int8(), SPARQ, 4): (),
     ("cla", H2O(5, 5), Dense(), QUEST, 4): (),
-    ("windows", SnapKV(8, 4, 3), Dense(), QUEST, 4): (),
+    ("windows", SnapKV(8, 4, 3), Dense(), QUEST, 4): SLOW,
     ("gqa", Full(), Int8(), Quest(1, dense_layers=0), 16): SLOW,
     ("gqa", Full(), Dense(), LastPages(2), 4): SLOW,
     ("gqa", SlidingWindow(12), Dense(), SPARQ, 4): SLOW,
@@ -148,42 +180,61 @@ def texts(seed: int = 0) -> list[tuple[list[int], list[int]]]:
     ],
 )
 def test_steps_read_what_the_oracle_reads(variant, policy, codec, select, page_size):
-    config, pairs = MODELS[variant], texts()
+    pairs, results, matters = clear(variant, policy, codec, select, page_size)
     cache = CacheConfig(page_size=page_size, policy=policy, codec=codec, select=select)
     state = kvjax.prefill(model(variant), [prompt for prompt, _ in pairs], cache, room=FORCED, prefill_chunk=CHUNK)
     first = logits_after(model(variant), state)
     live, block = feed(model(variant), state.cache, [forced for _, forced in pairs])
     ours = np.concatenate([first[:, None], block[:, :FORCED]], axis=1)
-    off, matters = [], []
-    for row, (prompt, forced) in zip(ours, pairs, strict=True):
-        run = functools.partial(
-            decoder.run,
-            random_params(config),
-            config,
-            prompt,
-            forced,
-            oracle_policies.counterpart(policy),
-            oracle_codecs.counterpart(codec),
-        )
-        result = run(oracle_select(select, page_size, config))
-        assert min(result.margin, result.routing) > MARGIN, "these tokens leave a choice to rounding"
-        off.append(float(np.abs(row - result.step_logits).max()))
-        matters.append(float(np.abs(run().step_logits - result.step_logits).max()))
+    off = [float(np.abs(row - result.step_logits).max()) for row, result in zip(ours, results, strict=True)]
     assert max(matters) > 100 * LOGITS, "nothing was left unread that matters"
     # A flipped code is rare: one sequence of the four may have seen one.
-    assert sum(error < LOGITS for error in off) >= BATCH - (codec == Int8()), off
-    assert max(off) < (ONE_FLIP if codec == Int8() else LOGITS), off
+    assert sum(error < LOGITS for error in off) >= BATCH - (codec != Dense()), off
+    flip = {Dense: LOGITS, Int8: ONE_FLIP, KIVI: KIVI_FLIP}[type(codec)]
+    assert max(off) < flip, off
     check_page_state(live)
 
 
+KIVI_FLIP = 0.5
+"""As `ONE_FLIP`: a code of 2 bits is a third of what its group spans."""
+
+
+def clear(variant: str, policy: Any, codec: Any, select: Any, page_size: int) -> tuple[Any, list[Any], list[float]]:
+    """Texts of the first seed that leaves no choice to rounding, the oracle's runs, and what reading all would change.
+
+    Two tokens whose few channels have the same codes of 2 bits are one choice left to rounding.
+    """
+    config = MODELS[variant]
+    for seed in range(20):
+        pairs, results, matters = texts(seed), [], []
+        for prompt, forced in pairs:
+            run = functools.partial(
+                decoder.run, random_params(config), config, prompt, forced, oracle_of(policy),
+                oracle_codecs.counterpart(codec),
+            )  # fmt: skip
+            result = run(oracle_select(select, page_size, config))
+            if min(result.margin, result.routing) < MARGIN:
+                break
+            results.append(result)
+            matters.append(float(np.abs(run().step_logits - result.step_logits).max()))
+        else:
+            return pairs, results, matters
+    raise AssertionError("no seed leaves only clear choices")
+
+
 def check_page_state(cache: Cache) -> None:
-    """What is remembered of every page in use is what its own entries give, whoever shares or copied it."""
+    """What is remembered of every page in use is what its own entries give, whoever shares or copied it.
+
+    Under a codec that waits, that is of every page whose keys are coded, with values as they are coded at last.
+    """
     for group in cache.groups:
         layout, select = group.layout, group.layout.select
         if select is None:
             continue
-        keys = np.asarray(layout.codec.decode(group.k, layout.dtype))
-        value = None if group.v is None else np.asarray(layout.codec.decode(group.v, layout.dtype))
+        waiting = waits(layout.codec)
+        read = (layout.codec.read_keys, layout.codec.read_values) if waiting else (layout.codec.decode,) * 2
+        keys = np.asarray(read[0](group.k, layout.dtype))
+        value = None if group.v is None else np.asarray(read[1](group.v, layout.dtype))
         values = keys[..., : layout.spec.value_dim] if value is None else value
         table, position = np.asarray(group.table), np.asarray(group.position)
         rows, batch, width = table.shape
@@ -192,9 +243,15 @@ def check_page_state(cache: Cache) -> None:
             filled, page = position[row, sequence, slots] >= 0, table[row, sequence, entry]
             if page < 0 or not filled.any():
                 continue
+            if waiting:
+                coded_keys, coded_values = coded(group, group.length[row, sequence])
+                if slots.stop > coded_keys:
+                    continue
             filled = np.broadcast_to(filled, keys.shape[1:4])
             wanted = select.summary(jnp.asarray(keys[page]), jnp.asarray(values[page]), jnp.asarray(filled))
             for name, leaf in wanted.items():
+                if waiting and name == "total" and slots.stop > coded_values:
+                    continue
                 # float32 sums of up to 16 values in two orders.
                 np.testing.assert_allclose(group.page_state[name][page], leaf, rtol=1e-5, atol=1e-5)
 
@@ -212,9 +269,23 @@ def test_enough_pages_or_slots_equal_the_full_cache(select):
     np.testing.assert_allclose(ours, full, atol=2e-5)
 
 
-@pytest.mark.parametrize("select", [QUEST, SPARQ], ids=str)
-def test_forks_that_diverge_and_further_prompts_equal_separate_runs(select):
-    cache, (first, second) = CacheConfig(page_size=4, select=select), random_tokens(4, 2, 6).tolist()
+@pytest.mark.parametrize(
+    ("policy", "codec", "select"),
+    [
+        (Full(), Dense(), QUEST),
+        pytest.param(Full(), Dense(), SPARQ, marks=SLOW),
+        pytest.param(DROPPING, Dense(), SPARQ, marks=SLOW),
+        pytest.param(SOME, Dense(), QUEST, marks=SLOW),
+        pytest.param(Full(), KIVI_2, SPARQ, marks=SLOW),
+        pytest.param(Full(), KIVI_2, QUEST, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_forks_that_diverge_and_further_prompts_equal_separate_runs(policy, codec, select):
+    # Once slots are used again, a step may write all pages: every copy needs its own.
+    pages = None if policy.append_only else 256
+    cache = CacheConfig(page_size=4, num_pages=pages, policy=policy, codec=codec, select=select)
+    first, second = random_tokens(4, 2, 6).tolist()
     prompts = [prompt for prompt, _ in texts()[:2]]
     state = kvjax.prefill(model("gqa"), prompts, cache, room=12, prefill_chunk=CHUNK)
     forked, block = feed(model("gqa"), kvjax.fork(state, 2).cache, [first, second, first, second])
@@ -223,7 +294,7 @@ def test_forks_that_diverge_and_further_prompts_equal_separate_runs(select):
     apart, separate = feed(model("gqa"), alone.cache, [first, second, first, second])
     np.testing.assert_array_equal(block[:, :6], separate[:, :6])
     assert int(forked.groups[0].copied) > 0
-    del apart
+    check_page_state(apart)
     state = kvjax.prefill(model("gqa"), prompts, cache, prefill_chunk=CHUNK)
     _, state = kvjax.extend(model("gqa"), state, max_new_tokens=5, prefill_chunk=CHUNK)
     _, state = kvjax.extend(model("gqa"), state, [first, second], max_new_tokens=5, prefill_chunk=CHUNK)
@@ -295,7 +366,7 @@ def view_of(group: Group) -> View:
     return seen[0]
 
 
-@pytest.mark.parametrize("policy", [Full(), H2O(30, 10)], ids=str)
+@pytest.mark.parametrize("policy", [Full(), pytest.param(H2O(30, 10), marks=SLOW)], ids=str)
 def test_a_page_is_bounded_by_more_than_any_of_its_scores(policy):
     group, k, _ = filled(Quest(1, 0), (37, 9), policy=policy)
     q = queries(4).reshape(2, 2, 2, 8)
@@ -378,6 +449,10 @@ def test_long_contexts_read_a_fraction_of_the_bytes():
         pytest.param("decode_block", H2O(40, 40), SPARQ, marks=SLOW),
         pytest.param("prefill_segment", H2O(40, 40), QUEST, marks=SLOW),
         pytest.param("feed_tokens", H2O(40, 40), QUEST, marks=SLOW),
+        ("decode_block", Scissorhands(80, 40, drop=20), SPARQ),
+        pytest.param("decode_block", SOME, QUEST, marks=SLOW),
+        pytest.param("decode_block", PYRAMID, QUEST, marks=SLOW),
+        pytest.param("feed_tokens", Scissorhands(80, 40, drop=20), QUEST, marks=SLOW),
     ],
     ids=str,
 )
@@ -387,6 +462,29 @@ def test_neither_pools_nor_what_is_remembered_of_pages_is_copied(program, policy
     )
     cache = contract.abstract_cache(contract.Choice(policy, Dense(), 16))
     contract.check_memory(contract.lower(program, cache), cache)
+
+
+@pytest.mark.parametrize(
+    ("program", "select"),
+    [
+        ("decode_block", SPARQ),
+        pytest.param("decode_block", QUEST, marks=SLOW),
+        pytest.param("prefill_segment", SPARQ, marks=SLOW),
+        pytest.param("feed_tokens", QUEST, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_a_select_beside_exact_tokens_leaves_the_pools_where_they_are(program, select, monkeypatch):
+    codec = KIVI(2, 32, 64)
+    monkeypatch.setattr(contract, "cache_of", lambda pair: CacheConfig(codec=codec, select=select))
+    cache = contract.abstract_cache(contract.Choice(Full(), codec, 32))
+    memory = contract.lower(program, cache).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= cache.pool_bytes
+    (group,) = cache.groups
+    # Less than a copy of any of them would take, those of two codes a byte included.
+    pools = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((group.k, group.v, group.page_state))]
+    large = [size for size in pools if size > 0.05 * sum(pools)]
+    assert memory.temp_size_in_bytes < min(large) / 2, (memory.temp_size_in_bytes, pools)
 
 
 @pytest.mark.parametrize("select", [QUEST, pytest.param(SPARQ, marks=SLOW)], ids=str)
@@ -429,10 +527,6 @@ def test_dense_layers_remember_nothing():
         *(
             (lambda policy=policy: CacheConfig(policy=policy, select=Quest(4)), r"turns its query to several positions")
             for policy in (StreamingLLM(2, 4), LMInfinite(2, 4))
-        ),
-        *(
-            (lambda policy=policy: CacheConfig(policy=policy, select=SPARQ), r"empties slots of pages that no token")
-            for policy in (Scissorhands(8, 4), FastGen(0.9, 0.3, 0.3, special=(1,), punctuation=(2,)))
         ),
         (
             lambda: kvjax.plan(PLAIN, CacheConfig(select=SparQ(9, 16, 4))),

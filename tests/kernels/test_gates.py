@@ -142,8 +142,9 @@ def test_compiling_ahead_of_time_reads_what_the_kernel_uses() -> None:
     (kernel,) = verdict.found
     assert 16 <= kernel["registers"] <= 255
     assert kernel["spill_bytes"] == 0
-    # Two buffers of 16 KiB, and barriers.
-    assert 2 * ROWS * COLUMNS * 4 < kernel["shared_memory"] < 2 * ROWS * COLUMNS * 4 + 4096
+    # jax 0.10 does not say. Two buffers of 16 KiB, and barriers.
+    if jax.__version_info__ >= (0, 11):
+        assert 2 * ROWS * COLUMNS * 4 < kernel["shared_memory"] < 2 * ROWS * COLUMNS * 4 + 4096
     # It is compiled once in this process, and still listed for an equal case.
     assert gates.check("compile", FULL).found == verdict.found
 
@@ -330,9 +331,11 @@ def test_pruned_candidates_are_remembered_until_their_kernel_changes(
     assert pruned.get(candidate) is None
     pruned.put(candidate, gates.Verdict(candidate.case.name, "compile", None, "no ptxas"))
     assert pruned.get(candidate) is None
+    pruned.put(candidate, gates.Verdict(candidate.case.name, "compile", False, "no answer after 300 s", lost=True))
+    assert pruned.get(candidate) is None
     pruned.put(candidate, gates.Verdict(candidate.case.name, "compile", False, "spills 8 bytes"))
     assert tune.Pruned(tmp_path / "pruned.json").get(candidate) is False
-    monkeypatch.setattr(tune, "fingerprint", lambda operation: "another")
+    monkeypatch.setattr(tune, "fingerprint", lambda kernel: "another")
     assert tune.Pruned(tmp_path / "pruned.json").get(candidate) is None
 
 

@@ -19,7 +19,7 @@ from pallas_kernels.checks import interpret
 from pallas_kernels.checks.numerics import LSE_TOLERANCE, TOLERANCES, absolute_error, relative_error
 from pallas_kernels.paged_attention import cases, mosaic_gpu
 from pallas_kernels.paged_attention.mosaic_plan import MARGIN, SHARED_MEMORY, attention_plan, splits_for
-from pallas_kernels.paged_attention.triton_cases import Shape, attend, inputs
+from pallas_kernels.paged_attention.shapes import Shape, attend, inputs
 
 LAYERS, LAYER, PAGE, PAGES = 2, 1, 16, 9
 LENGTHS = (PAGE * PAGES - 5, PAGE + 1, PAGE, PAGE - 1, 1, 0)
@@ -261,6 +261,7 @@ def test_another_layer_is_read_without_compiling_again() -> None:
         (dict(dtype="float32"), "queries must be"),
         (dict(kv_heads=1, width=640, value=576), "columns|registers|multiple of 64"),
         (dict(kv_heads=1, width=192, value=128, codes="int8"), "values within keys that are codes"),
+        (dict(codes="int8", page=16), "no multiple of 128 bytes"),
         (dict(width=512), "fit"),
     ],
 )

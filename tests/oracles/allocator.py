@@ -132,6 +132,12 @@ class PageAllocator:
                 self.tables[row][slot] = []
                 self._unshared[row][slot] = []
 
+    def truncate(self, row: int, slot: int, count: int) -> None:
+        """Keeps the first `count` pages of a row."""
+        for page in self.tables[row][slot][count:]:
+            self._drop(page)
+        del self.tables[row][slot][count:], self._unshared[row][slot][count:]
+
     def check(self) -> None:
         """Raises AssertionError unless every invariant holds."""
         entries = [page for slots in self.tables for pages in slots for page in pages]

@@ -260,6 +260,8 @@ class Decoder:
         if joins and entries:
             last = entries.pop()
             back = variants.turn(self.config, layer, last.key[None], [-last.position], stretch=False)[0]
+            # Without the factor too, which storing puts on again.
+            back /= variants.turn(self.config, layer, np.ones((1, len(back))), [0])[0]
             slot, total = last.slot, last.importance + importance
             key = (back * last.importance + key * importance) / total
             value = (last.value * last.importance + value * importance) / total
@@ -350,7 +352,8 @@ class Decoder:
         turned = [variants.turn(config, layer, query[h][None], [position])[0] for h in heads]
         absorbed = [variants.absorb(config, weights, h, q) for h, q in zip(heads, turned, strict=True)]
         scale = query.shape[-1] ** -0.5 if config.query_scale is None else config.query_scale
-        selection = self.select.choose(visible, np.stack(absorbed), scale)
+        exact = [[i for i, e in enumerate(visible) if not e.coded[1]]] if self.codec.waits else []
+        selection = self.select.choose(visible, np.stack(absorbed), scale, *exact)
         self.margin = min(self.margin, selection.margin)
         return [visible[i] for i in selection.chosen], selection.share
 

@@ -2,13 +2,16 @@
 
 A select sees one KV head at a time: what is visible to the token, and its group's queries, rotated like the keys. Under
 latent attention these are the absorbed ones, so that their product with what is stored is the score.
+
+Beside a codec that keeps the newest tokens exact, these lie in no page and are read in any case: a select chooses among
+the others, which alone count in `pages` and `slots`. A key may lie in its page already while its value is still exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +41,13 @@ class OracleSelect:
         """Whether a layer of the model is left alone."""
         return False
 
-    def choose(self, entries: Sequence[Entry], queries: np.ndarray, scale: float) -> Selection:
-        """Visible entries, one KV head's queries [G, D], the factor on scores -> what is read."""
+    def choose(
+        self, entries: Sequence[Entry], queries: np.ndarray, scale: float, beside: Collection[int] = ()
+    ) -> Selection:
+        """Visible entries, one KV head's queries [G, D], the factor on scores -> what is read.
+
+        beside: indices of the entries that are read in any case, the current token's among them, or none.
+        """
         return Selection(list(range(len(entries))), None, math.inf)
 
 
@@ -59,19 +67,27 @@ class Quest(OracleSelect):
         """The first layers."""
         return layer < self.dense_layers
 
-    def choose(self, entries: Sequence[Entry], queries: np.ndarray, scale: float) -> Selection:
-        """Entries of the chosen pages."""
+    def choose(
+        self, entries: Sequence[Entry], queries: np.ndarray, scale: float, beside: Collection[int] = ()
+    ) -> Selection:
+        """Entries of the chosen pages; where there is something beside them no page need be read."""
         members: dict[int, list[int]] = {}
+        keys: dict[int, list[np.ndarray]] = {}
         for index, entry in enumerate(entries):
-            members.setdefault(entry.slot // self.page_size, []).append(index)
+            page = entry.slot // self.page_size
+            if index not in beside:
+                members.setdefault(page, []).append(index)
+            if index not in beside or entry.coded[0]:
+                keys.setdefault(page, []).append(entry.key)
         newest = {page: max(entries[i].position for i in ids) for page, ids in members.items()}
-        current = max(newest, key=lambda page: newest[page])
         # Among pages of one bound the one that holds the newer token is read.
-        bounds = {newest[page]: bound(np.stack([entries[i].key for i in members[page]]), queries) for page in members}
-        del bounds[newest[current]]
-        best, margin = top(bounds, self.pages - 1)
-        read = {current} | {page for page in members if newest[page] in best}
-        return Selection(sorted(i for page in read for i in members[page]), None, margin)
+        bounds = {newest[page]: bound(np.stack(keys[page]), queries) for page in members}
+        read = set() if beside else {max(newest, key=lambda page: newest[page])}
+        for page in read:
+            del bounds[newest[page]]
+        best, margin = top(bounds, self.pages - len(read))
+        read |= {page for page in members if newest[page] in best}
+        return Selection(sorted([*beside, *(i for page in read for i in members[page])]), None, margin)
 
 
 def bound(keys: np.ndarray, queries: np.ndarray) -> float:
@@ -93,7 +109,9 @@ class SparQ(OracleSelect):
     slots: int
     local: int
 
-    def choose(self, entries: Sequence[Entry], queries: np.ndarray, scale: float) -> Selection:
+    def choose(
+        self, entries: Sequence[Entry], queries: np.ndarray, scale: float, beside: Collection[int] = ()
+    ) -> Selection:
         """The `slots` entries of greatest approximate score."""
         size = np.abs(queries)
         channels, margin = top(dict(enumerate(size.sum(axis=0))), self.rank)
@@ -104,10 +122,11 @@ class SparQ(OracleSelect):
         approximate /= approximate.sum(axis=1, keepdims=True)
 
         by_age = sorted(range(len(entries)), key=lambda i: entries[i].position)
-        near, far = by_age[-self.local :], by_age[: -self.local]
+        near = [i for i in by_age[-self.local :] if i not in beside]
+        far = [i for i in by_age[: -self.local] if i not in beside]
         index = {entries[i].position: i for i in far}
-        best, distance = top({p: float(logits[:, i].sum()) for p, i in index.items()}, self.slots - self.local)
-        chosen = sorted([*near, *(index[p] for p in best)])
+        best, distance = top({p: float(logits[:, i].sum()) for p, i in index.items()}, self.slots - len(near))
+        chosen = sorted([*beside, *near, *(index[p] for p in best)])
         # Channels matter only if something is left out.
         margin = min(margin, distance) if len(chosen) < len(entries) else math.inf
         return Selection(chosen, approximate[:, chosen].sum(axis=1), margin)

@@ -385,6 +385,50 @@ def test_four_bits_are_nearer_than_two():
     assert near < far / 2
 
 
+# Selects beside KIVI
+
+
+@pytest.mark.parametrize("select", [Quest(6, 4, 0), SparQ(3, LENGTH, 1)], ids=str)
+def test_reading_all_that_is_coded_equals_kivi_alone(select):
+    alone = run(9, codec=KIVI(2, 4, 8))
+    result = run(9, codec=KIVI(2, 4, 8), select=select)
+    close(result.logits, alone.logits)
+    assert result.attended == alone.attended
+
+
+@pytest.mark.parametrize("select", [Quest(1, 4, 0), SparQ(3, 3, 2)], ids=str)
+def test_beside_kivi_exact_tokens_are_read_and_only_coded_ones_are_chosen(select):
+    result = run(9, codec=KIVI(2, 4, 8), select=select)
+    for step in range(1, LENGTH + 1 - 9):
+        count = 9 + step
+        # Before the step's end, so that a residual and the current token are exact.
+        tail = set(range(max(0, count - 1 - 8), count))
+        for heads in result.attended[step]:
+            for positions in heads:
+                assert tail <= set(positions)
+                coded = set(positions) - tail
+                if isinstance(select, SparQ):
+                    assert len(coded) == min(3, count - len(tail))
+                elif count > len(tail):
+                    (page,) = {p // 4 for p in coded}
+                    assert coded == {p for p in range(count) if p // 4 == page and p not in tail}
+    assert any(heads[0] != heads[1] for step in result.attended for heads in step), "each KV head reads its own"
+
+
+def test_beside_exact_tokens_a_page_is_bounded_by_keys_whose_values_are_exact_still():
+    rng = np.random.default_rng(4)
+    entries, queries = random_entries(rng, 12), rng.standard_normal((2, 8))
+    for entry in entries:
+        entry.slot = entry.position
+    # Two pages are coded, of the second only the keys but for one value; it holds the key that matters.
+    for entry in entries[:8]:
+        entry.coded = (True, entry.position < 5)
+        entry.key = entry.key * 0.1
+    entries[6].key = 10 * queries.sum(0)
+    selection = Quest(1, 4).choose(entries, queries, 1.0, [i for i, e in enumerate(entries) if not e.coded[1]])
+    assert selection.chosen == list(range(4, 12))
+
+
 # KVQuant
 
 

@@ -94,10 +94,19 @@ class KIVI:
         return Encoded(pack(codes.reshape(x.shape), self.bits), scale, minimum)
 
     def read_keys(self, stored: Encoded, dtype: Any) -> jax.Array:
-        """Single keys uint8[..., D * bits / 8] with their page's scale and minimum [..., D] -> [..., D]."""
+        """Keys uint8[..., D * bits / 8], each with its page's scale and minimum [..., D] or [..., 1, D] -> [..., D]."""
         assert stored.scale is not None
         assert stored.minimum is not None
         codes = unpack(stored.values, self.bits)
         return (codes.astype("float32") * stored.scale.astype("float32") + stored.minimum.astype("float32")).astype(
             dtype
         )
+
+    def read_values(self, stored: Encoded, dtype: Any) -> jax.Array:
+        """Values uint8[..., D * bits / 8] with scales and minima [..., D / group] -> [..., D]."""
+        assert stored.scale is not None
+        assert stored.minimum is not None
+        codes = unpack(stored.values, self.bits)
+        grouped = codes.astype("float32").reshape(*stored.scale.shape, self.group)
+        read = grouped * stored.scale.astype("float32")[..., None] + stored.minimum.astype("float32")[..., None]
+        return read.reshape(codes.shape).astype(dtype)

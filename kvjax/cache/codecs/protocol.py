@@ -7,16 +7,25 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 
 
+class Apart(NamedTuple):
+    """Channels that are kept exact beside the codes: their numbers uint8 or uint16 [..., n], and float16[..., n]."""
+
+    channel: jax.Array
+    exact: jax.Array
+
+
 class Encoded(NamedTuple):
     """Vectors as stored: a pytree of [..., D] values with [...] or [..., groups] scales and minima.
 
     The same type holds one call's tokens and a whole pool ([P, layers_per_page, heads_per_page, page_size, ...]), so
-    writing is one scatter per leaf and the kernels take `values`, `scale` and `minimum` as they are.
+    writing is one scatter per leaf and the kernels take `values`, `scale` and `minimum` as they are. What is `apart` no
+    kernel knows of.
     """
 
     values: Any
     scale: jax.Array | None = None
     minimum: jax.Array | None = None
+    apart: Apart | None = None
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ def waits(codec: Any) -> bool:
     return found
 
 
-def check_waiting(codec: Any, policy: Any, page_size: int | None = None, select: Any = None) -> None:
+def check_waiting(codec: Any, policy: Any, page_size: int | None = None) -> None:
     """Refuses what a waiting codec cannot serve.
 
     Raises:
@@ -37,9 +37,4 @@ def check_waiting(codec: Any, policy: Any, page_size: int | None = None, select:
             f"CacheConfig.codec={codec!r} cannot go with policy={policy!r}: its reads cover or turn to some "
             "positions only, and the exact newest tokens are read with all that is held; take a policy with one "
             "read of everything, such as policies.Full()"
-        )
-    if select is not None:
-        raise ConfigError(
-            f"CacheConfig.codec={codec!r} cannot go with select={select!r}: its newest tokens lie in no page that "
-            "could be chosen; take select=None or a codec that codes each token by itself, such as codecs.Int4()"
         )

@@ -1,8 +1,10 @@
 """Policies: which slot a new token takes, and what is kept of a prompt. One file each."""
 
+from kvjax.cache.policies.dmc import DMC
 from kvjax.cache.policies.fastgen import FastGen
 from kvjax.cache.policies.full import Full
 from kvjax.cache.policies.h2o import H2O
+from kvjax.cache.policies.kvmerger import KVMerger
 from kvjax.cache.policies.lm_infinite import LMInfinite
 from kvjax.cache.policies.protocol import Policy, Read
 from kvjax.cache.policies.pyramid_infer import PyramidInfer
@@ -14,10 +16,12 @@ from kvjax.cache.policies.streaming_llm import StreamingLLM
 from kvjax.cache.policies.tova import TOVA
 
 __all__ = [
+    "DMC",
     "H2O",
     "TOVA",
     "FastGen",
     "Full",
+    "KVMerger",
     "LMInfinite",
     "Policy",
     "PyramidInfer",

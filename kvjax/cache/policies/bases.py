@@ -152,6 +152,12 @@ class Emptying(Scored):
     Later tokens land in the holes first, one a step.
     """
 
+    def touches(self, length: jax.Array, seen: jax.Array, n: jax.Array, starts: jax.Array, page_size: int) -> jax.Array:
+        """Any page from the step on after which tokens leave: what is remembered of theirs changes, too."""
+        end, capacity = length + n, self.held + 1
+        first = jnp.where((end >= capacity) & (n > 0), 0, length)
+        return overlaps(first, jnp.where(n > 0, jnp.minimum(end, capacity), first), starts, page_size)
+
     def victims(self, state: RowState, position: jax.Array, length: jax.Array) -> jax.Array:
         """The first hole."""
         return first_hole(position, length)

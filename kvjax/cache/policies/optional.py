@@ -45,6 +45,47 @@ class Rows(NamedTuple):
     heads: int
 
 
+class Decision(NamedTuple):
+    """What a policy makes of new tokens in one layer before they are stored.
+
+    Attributes:
+      q: [B, T, H, D] and k: [B, T, K, D], unrotated, as they are attended and stored.
+      joins: bool[B, T, K], whether a token goes into its head's newest entry, and not behind it.
+      weight: float32[B, T, K], what a token weighs in the mean that such an entry is.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    joins: jax.Array
+    weight: jax.Array
+
+
+def decides(policy: Policy) -> bool:
+    """Whether a policy has `decide`. Without: what a new token is to the cache does not depend on the token.
+
+    Its rows are per head, its `row_state` has a "weight" and its `blank_tally` a "weight" and "joins" (see `Decision`;
+    of an entry, the sum of its tokens' weights). A prompt goes through layer by layer, and gives `keep` that tally;
+    later tokens come one at a time, and land in the slot of the newest entry or in the one after it.
+    """
+    return hasattr(policy, "decide")
+
+
+def decide(policy: Policy, q: jax.Array, k: jax.Array, query_factor: float) -> Decision:
+    """`decide(q, k, query_factor)`: unrotated queries [B, T, H, D] and keys [B, T, K, D] have their say.
+
+    The queries are the model's own times query_factor. Only of policies that `decides` says yes to.
+    """
+    deciding: Any = policy
+    found: Decision = deciding.decide(q, k, query_factor)
+    return found
+
+
+def next_joins(joins: jax.Array, axis: int) -> jax.Array:
+    """Of each token, whether the one after it joins its entry; the last one's is not yet known, and so False."""
+    after = jax.lax.slice_in_dim(joins, 1, None, axis=axis)
+    return jnp.concatenate([after, jnp.zeros_like(jax.lax.slice_in_dim(joins, 0, 1, axis=axis))], axis=axis)
+
+
 def observes_steps(policy: Policy) -> bool:
     """`observes_steps`: needs later tokens' weights too, so that these come one at a time. Without: as `observes`."""
     found: bool = getattr(policy, "observes_steps", policy.observes)
@@ -75,6 +116,23 @@ def unsettled(policy: Policy, rows: int, batch: int) -> RowState:
 def settle(policy: Policy, state: RowState, position: jax.Array, index: int | jax.Array) -> RowState:
     """`settle(state, position, index)`: settles that for the layer at `index` of its group, before `keep` is asked."""
     found: RowState = policy.settle(state, position, index) if hasattr(policy, "settle") else {}
+    return found
+
+
+def merges(policy: Policy) -> bool:
+    """Whether a policy has `merge`. Without: every token of a prompt stays itself, or goes."""
+    return hasattr(policy, "merge")
+
+
+def merge(policy: Policy, state: RowState, position: jax.Array, keys: jax.Array, index: int | jax.Array) -> RowState:
+    """`merge(state, position, keys, index)`: which tokens of a prompt go into which, before `keep` is asked.
+
+    keys float32[K, B, T, D] are those of the layer at `index` of its group, rotated, as stored. Returned are into
+    int32[r, B, T], the token that each becomes a part of (itself, if none), and share float32[r, B, T], the weight of
+    its key and value there; `keep`, which should keep these tokens alone, finds them in its state.
+    """
+    merging: Any = policy
+    found: RowState = merging.merge(state, position, keys, index)
     return found
 
 

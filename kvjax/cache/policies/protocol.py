@@ -1,4 +1,6 @@
-"""What a policy must provide. Everything is a pure function of small integer arrays; no policy touches keys or values.
+"""What a policy must provide. Everything is a pure function of small integer arrays; none touches keys or values.
+
+(Policies that merge do: `optional.py`.)
 
 Eviction is where the next token lands: a window, a ring with sinks, TOVA and H2O differ only in the slot they name.
 """

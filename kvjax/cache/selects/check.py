@@ -20,9 +20,3 @@ def check_select(select: Select, policy: Policy) -> None:
             "positions, and by which of them it chooses is nowhere defined; take a policy that reads all it holds from "
             "one position, such as policies.SlidingWindow(window)"
         )
-    if hasattr(policy, "evicted"):
-        raise ConfigError(
-            f"CacheConfig.select={select!r} cannot go with policy={policy!r}: it empties slots of pages that no token "
-            "is written to, and what is remembered of these would still count them; take a policy whose tokens leave "
-            "only when they are overwritten"
-        )

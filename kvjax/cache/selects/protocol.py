@@ -13,6 +13,21 @@ PageState = dict[str, jax.Array]
 """What a select remembers of pages, name -> [P, layers_per_page, heads_per_page, ...]; it is copied with its page."""
 
 
+class Beside(NamedTuple):
+    """The n newest tokens that a codec keeps exact beside the pages: they are read in any case, whatever is chosen.
+
+    Attributes:
+      keys: [B, K, n, D], as this step reads them.
+      position: int32[B, K, n], -1 where there is none.
+      total: float32[B, K, Dv], what their values add to those remembered of pages: their sum, but of a token whose page
+        is remembered already only the difference to its value as it will be coded.
+    """
+
+    keys: jax.Array
+    position: jax.Array
+    total: jax.Array
+
+
 class View(NamedTuple):
     """What a step of one layer may read: B sequences, K KV heads, N pages a row.
 
@@ -20,11 +35,13 @@ class View(NamedTuple):
       state: name -> [X, ...], what is remembered of all pages of all layers and heads.
       pages: int32[B, K, N], each head's pages by their index in that; a page that holds nothing has some index, too.
       position: int32[B, K, N, page], the token in each slot, -1 where there is none to be seen.
+      beside: None where all that is held lies in pages. Else these are to be chosen among alone, and count alone.
     """
 
     state: PageState
     pages: jax.Array
     position: jax.Array
+    beside: Beside | None = None
 
 
 class Chosen(NamedTuple):
@@ -72,7 +89,8 @@ class Select(Protocol):
     def summary(self, keys: jax.Array, values: jax.Array, filled: jax.Array) -> PageState:
         """What is remembered of pages: keys [..., page, D] and values [..., page, Dv] as stored, rotated -> [..., *].
 
-        filled bool[..., page]: slots of the others may hold anything, NaN too.
+        filled bool[..., page]: slots of the others may hold anything, NaN too. Under a codec that waits this is asked
+        once for a page, when its keys are coded: of all its slots, and of their values as they will be.
         """
         ...
 

@@ -20,7 +20,8 @@ class Quest:
     at least every q.k within. Each KV head chooses its own pages, by that bound summed over its group of query heads
     (a list for each query head would together read nearly everything). Of equal bounds the newer page wins. A bound
     takes 2 D elements of the model's dtype a page, 1 / page_size of what keys and values take, and a step reads all of
-    them.
+    them. A codec's exact newest tokens lie in no page: they are read beside the `pages` chosen, none of which is then
+    the current token's; a page of which only the keys are coded as yet is read as far as its values are.
 
     Attributes:
       pages: pages read per KV head.
@@ -57,10 +58,11 @@ class Quest:
         return {"least": least, "greatest": greatest}
 
     def choose(self, q: jax.Array, view: View) -> Chosen:
-        """The current token's page, and of the others the highest bounds."""
+        """The current token's page, if it lies in one, and of the others the highest bounds."""
         newest = jnp.max(view.position, axis=-1)
         score = jnp.where(newest >= 0, bounds(q, view), -jnp.inf)
-        score = jnp.where(newest == jnp.max(newest, axis=-1, keepdims=True), jnp.inf, score)
+        if view.beside is None:
+            score = jnp.where(newest == jnp.max(newest, axis=-1, keepdims=True), jnp.inf, score)
         order = jnp.lexsort((-newest, -score, newest < 0), axis=-1)[..., : self.pages]
         held = jnp.take_along_axis(newest, order, axis=-1) >= 0
         return Chosen(jnp.where(held, order, -1).astype(jnp.int32))

@@ -20,7 +20,8 @@ class SparQ:
     sqrt(D |q_chosen|_1 / |q|_1), order the tokens by their sum over the group. The softmax of the logits says, per
     query head, what share alpha of the attention the chosen hold; the output is alpha times exact attention to them,
     and 1 - alpha times the mean of all values held. The current token is one of the `local`, and counts in `slots` (the
-    published code adds it on top).
+    published code adds it on top). A codec's exact newest tokens are read beside the `slots`, and count in alpha and in
+    the mean like all that is held.
 
     Keys are stored a second time in the model's dtype, channel by channel within a page, so that a step reads only the
     channels it looks at, together with the float32 sum of each page's values: half as much memory again as a dense
@@ -69,24 +70,30 @@ class SparQ:
     def choose(self, q: jax.Array, view: View) -> Chosen:
         """The newest, the highest, their share, and the mean value."""
         position = view.position.reshape(*view.position.shape[:2], -1)
+        slots = position.shape[-1]
+        if view.beside is not None:
+            position = jnp.concatenate([position, view.beside.position], axis=-1)
         held = position >= 0
         logits = approximate(q, self.rank, view)
         summed = jnp.sum(logits, axis=2)
         # A row may have fewer slots than `local`.
         newest = jax.lax.top_k(position, min(self.local, position.shape[-1]))[0][..., -1:]
         score = jnp.where(position >= newest, jnp.inf, summed)
-        order = jnp.lexsort((-position, -score, ~held), axis=-1)[..., : self.slots]
+        order = jnp.lexsort((-position[..., :slots], -score[..., :slots], ~held[..., :slots]), axis=-1)
+        order = order[..., : self.slots]
         found = jnp.take_along_axis(held, order, axis=-1)
 
         shifted = jnp.where(held[:, :, None], logits, -jnp.inf)
         top = jnp.max(shifted, axis=-1, keepdims=True)
         mass = jnp.exp(shifted - jnp.where(jnp.isfinite(top), top, 0))
         some = jnp.sum(jnp.where(found[:, :, None], jnp.take_along_axis(mass, order[:, :, None], axis=-1), 0), axis=-1)
+        some = some + jnp.sum(mass[..., slots:], axis=-1)
         every = jnp.sum(mass, axis=-1)
         share = jnp.where(every > 0, some / jnp.where(every > 0, every, 1), 1)
 
         filled = jnp.any(view.position >= 0, axis=-1)[..., None]
         total = jnp.sum(jnp.where(filled, view.state["total"][view.pages], 0), axis=2)
+        total = total if view.beside is None else total + view.beside.total
         mean = total / jnp.maximum(jnp.sum(held, axis=-1, keepdims=True), 1)
         return Chosen(jnp.where(found, order, -1).astype(jnp.int32), share, mean)
 
@@ -97,7 +104,10 @@ class SparQ:
 
 
 def approximate(q: jax.Array, rank: int, view: View) -> jax.Array:
-    """Logits by the `rank` channels of greatest |q|: q [B, K, G, D] -> float32[B, K, G, S]; of empty slots anything."""
+    """Logits by the `rank` channels of greatest |q|: q [B, K, G, D] -> float32[B, K, G, S]; of empty slots anything.
+
+    What lies beside the pages follows behind their slots.
+    """
     q = q.astype(jnp.float32)
     size = jnp.abs(q)
     channels = jax.lax.top_k(jnp.sum(size, axis=2), rank)[1]
@@ -106,5 +116,11 @@ def approximate(q: jax.Array, rank: int, view: View) -> jax.Array:
     # A query of zeros has no channel to go by: all its logits are 0 at any temperature.
     temperature = jnp.sqrt(q.shape[-1] * jnp.where(carried > 0, carried, 1))
     columns = view.state["channels"][view.pages[..., None], channels[:, :, None]].astype(jnp.float32)
-    logits = jnp.einsum("bkgr,bknrp->bkgnp", some, columns, precision=jax.lax.Precision.HIGHEST)
-    return logits.reshape(*logits.shape[:3], -1) / temperature[..., None]
+    highest = jax.lax.Precision.HIGHEST
+    logits = jnp.einsum("bkgr,bknrp->bkgnp", some, columns, precision=highest)
+    logits = logits.reshape(*logits.shape[:3], -1)
+    if view.beside is not None:
+        keys = jnp.take_along_axis(view.beside.keys.astype(jnp.float32), channels[:, :, None], axis=-1)
+        exact = jnp.einsum("bkgr,bknr->bkgn", some, keys, precision=highest)
+        logits = jnp.concatenate([logits, exact], axis=-1)
+    return logits / temperature[..., None]
