@@ -45,7 +45,10 @@ ALLOWED: dict[str, set[str]] = {
         "kvjax.checkpoint", "kvjax.generate", "kvjax.distributed", "pallas_kernels",
     },
     "kvjax.evaluate": VALUES
-    | {"kvjax.config", "kvjax.cache", "kvjax.attention", "kvjax.model", "kvjax.generate", "kvjax.train"},
+    | {
+        "kvjax.config", "kvjax.cache", "kvjax.attention", "kvjax.models", "kvjax.model", "kvjax.generate",
+        "kvjax.train",
+    },
     "kvjax.engine": {"kvjax", "pallas_kernels"},
     "kvjax": {"kvjax"},
     "scripts": {"kvjax", "pallas_kernels"},

@@ -13,8 +13,12 @@ from kvjax.model import parameter_shapes
 from kvjax.plan import plan, read_shape
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
-# The list of caches to compare and hold no model of their own; other tests read them.
-FILES = sorted(path.name for path in FOLDER.glob("*.toml") if path.name not in ("evaluate.toml",))
+# The list of caches to compare and the run of fine-tuning hold no model of their own; other tests read them.
+FILES = sorted(
+    path.name
+    for path in FOLDER.glob("*.toml")
+    if path.name not in ("evaluate.toml", "evaluate_all.toml", "finetune.toml")
+)
 # Weights (tied ones once) and bytes per token in the checkpoint's dtype.
 PUBLISHED = {
     "llama-2-7b.toml": (6_738_415_616, 524_288),

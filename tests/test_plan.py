@@ -57,7 +57,10 @@ def test_each_attention_kind_stores_its_formula(layers: int, heads: int, groups:
     assert plan(kinds["MLA"], dtype="float16").bytes_per_token == 9 * width * layers
 
 
-@pytest.mark.parametrize("name", CACHES)
+QUICK = {"page of 4", "int8", "row per layer", "mixed"}
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CACHES])
 def test_pool_and_pages_are_those_of_a_live_cache(name: str) -> None:
     state = kvjax.prefill(kvjax.init(TINY), [[1, 2] * 15] * 3, cache=CACHES[name], room=200)
     # Of these prompts, policies that choose keep budgets that take as many pages as their budgets and one more slot.

@@ -32,6 +32,7 @@ class Transcript:
     def __init__(self, stop: tuple[str, ...], tokenizer: Any, stop_tokens: frozenset[int], limit: int):
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.surplus: list[int] = []
         self.reason: str | None = None
         self.pieces: list[str] = []
         self._given = 0
@@ -68,9 +69,13 @@ class Transcript:
         return text
 
     def _cut(self) -> None:
-        """Ends at the token that completed a stop string: its text may have become certain only some tokens later."""
+        """Ends at the token that completed a stop string: its text may have become certain only some tokens later.
+
+        These are no part of the output, but the cache has them.
+        """
         self.reason = "stop"
         count = len(truncate_tokens(self.tokens, self._tokenizer, self._strings).tokens)
+        self.surplus = self.tokens[count:]
         del self.tokens[count:], self.logprobs[count:]
 
     def _emit(self, text: str) -> None:
@@ -206,7 +211,10 @@ def blocks(
                 if token != NO_TOKEN and transcript.reason is None:
                     transcript.add(int(token), float(logprob))
             halt[index] = transcript.reason is not None
-        history = ((*held, *transcript.tokens) for held, transcript in zip(state.tokens, run.transcripts, strict=True))
+        history = (
+            (*held, *transcript.tokens, *transcript.surplus)
+            for held, transcript in zip(state.tokens, run.transcripts, strict=True)
+        )
         # Unless it has just been drawn from a prompt and generation goes on, the newest token is pending.
         run.state = dataclasses.replace(state, cache=cache, tokens=tuple(history), last=None, pending=1)
         run.decode_seconds = time.perf_counter() - begun

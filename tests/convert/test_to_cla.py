@@ -41,6 +41,7 @@ def test_owners_keep_their_weights_and_readers_have_none(share: int, owners: tup
     assert report.bytes_after == kvjax.plan(after.config).bytes_per_token
 
 
+@pytest.mark.slow
 def test_a_shared_model_decodes_is_kept_by_orbax_and_has_no_other_form(tmp_path: Path) -> None:
     after = to_cla(small(num_layers=4))
     check_decodes(after)

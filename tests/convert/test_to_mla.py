@@ -88,7 +88,7 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", [c if "and" in c else pytest.param(c, marks=pytest.mark.slow) for c in EXACT])
 def test_full_rank_with_rope_on_all_heads_is_the_model(case: str) -> None:
     model = small(**EXACT[case])
     heads = model.config.num_kv_heads
@@ -148,6 +148,7 @@ def test_rotated_channels_turn_by_every_few_of_the_frequencies(scaling: RopeScal
     assert after == pytest.approx(factor)
 
 
+@pytest.mark.slow
 def test_a_lossy_model_decodes_absorbed_and_is_kept_by_orbax(tmp_path: Path) -> None:
     after = to_mla(small(qkv_bias=True), 12, 4, CALIBRATION)
     check_decodes(after)

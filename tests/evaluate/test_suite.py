@@ -163,6 +163,7 @@ def held_bytes(cache: CacheConfig) -> dict[str, int]:
     return suite().measure("copy", cache)["bytes"]
 
 
+@pytest.mark.slow
 def test_bytes_held_are_those_of_the_plan_and_fall_with_the_window() -> None:
     # What is fed of a copy: its last token is not.
     question = suite().questions("copy")[0]

@@ -192,10 +192,8 @@ def test_logits_and_kept_tokens_are_the_oracles_token_by_token(name, page_size):
 
 
 FAST = {
-    ("mla", "pyramid-infer", Int8()),
     ("cla", "pyramidkv", Dense()),
     ("windows", "scissorhands", Dense()),
-    ("sinks", "fastgen", Int8()),
 }
 
 

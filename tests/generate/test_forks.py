@@ -69,11 +69,11 @@ def cells(fast: dict[str, tuple[str, CacheConfig]], slow: dict[str, tuple[str, C
 FORKED = cells(
     {
         "window-int8+h2o-int8": ("gqa", mixed(config(SlidingWindow(6), Int8()), config(H2O(4, 3), Int8()))),
-        "tova+snapkv-int8": ("gqa", mixed(config(TOVA(6)), config(SNAP, Int8()))),
         "kivi": ("gqa", KIVI_16),
-        "quest": ("gqa", config(select=Quest(2, dense_layers=1))),
     },
     {
+        "tova+snapkv-int8": ("gqa", mixed(config(TOVA(6)), config(SNAP, Int8()))),
+        "quest": ("gqa", config(select=Quest(2, dense_layers=1))),
         "h2o-quest": ("gqa", config(H2O(4, 3), select=Quest(1, dense_layers=0))),
         "sparq": ("gqa", config(codec=Int8(), select=SparQ(4, 6, 2))),
         "pyramidkv-kivi": ("gqa", dataclasses.replace(KIVI_16, policy=PyramidKV(6, window=2, beta=2))),

@@ -293,6 +293,38 @@ def test_a_turn_after_a_stop_goes_on_from_the_last_token_given(kind):
     assert second.tokens == generate(long, 4).tokens
 
 
+NEWLINE = 40
+"""In `with_newlines`."""
+
+
+def with_newlines() -> kvjax.Model:
+    """The model with letters and byte tokens, whose text is certain only with the token after them."""
+    vocab = {"<0x0A>" if token == NEWLINE else chr(0x100 + token): token for token in range(64)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return dataclasses.replace(MODEL, tokenizer=tokenizer)
+
+
+def newline_second(logits: jax.Array, context: ProcessorContext) -> jax.Array:
+    """The second token drawn is a newline."""
+    forced = (context.step == 1)[:, None] == (jnp.arange(logits.shape[-1]) == NEWLINE)
+    return jnp.where(forced, logits, -jnp.inf)
+
+
+def test_what_was_drawn_before_a_stop_was_certain_stays_part_of_the_state():
+    model = with_newlines()
+    state = kvjax.prefill(model, PROMPTS[:2], PLAIN, prefill_chunk=CHUNK)
+    stop = Sampling(stop="\n")
+    first, state = kvjax.extend(model, state, max_new_tokens=6, sampling=stop, logit_processors=[newline_second])
+    assert [tokens[1:] for tokens in first.tokens] == [[NEWLINE]] * 2
+    drawn = [tokens[len(prompt) :] for prompt, tokens in zip(PROMPTS, state.tokens, strict=False)]
+    assert [list(tokens[:2]) for tokens in drawn] == first.tokens
+    assert [len(tokens) for tokens in drawn] == [3, 3], "the token by which it became certain"
+    second, _ = kvjax.extend(model, state, [[9, 8]] * 2, max_new_tokens=4, prefill_chunk=CHUNK)
+    long = [prompt + list(tokens) + [9, 8] for prompt, tokens in zip(PROMPTS, drawn, strict=False)]
+    assert second.tokens == generate(long, 4).tokens
+
+
 def test_forks_of_a_state_take_different_turns():
     state = kvjax.fork(kvjax.prefill(MODEL, PROMPTS[:2], PLAIN, prefill_chunk=CHUNK), 2)
     more = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]

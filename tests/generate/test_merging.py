@@ -72,11 +72,11 @@ def test_logits_and_kept_tokens_are_the_oracles_token_by_token(page_size):
     ("variant", "codec", "page_size"),
     [
         ("gqa", KIVI(2, 4, 4), 4),
-        ("gqa", Int8(), 4),
-        ("mla", Dense(), 4),
         *(
             pytest.param(*cell, marks=SLOW)
             for cell in (
+                ("gqa", Int8(), 4),
+                ("mla", Dense(), 4),
                 ("gqa", Int8(), 16),
                 ("gqa", Int4(4), 16),
                 ("gqa", FP8(), 4),
@@ -248,6 +248,7 @@ def test_neither_chunks_nor_batch_mates_matter():
             np.testing.assert_allclose(ours[b], expected[same], rtol=0, atol=5e-5)
 
 
+@SLOW
 def test_a_second_prompt_is_as_if_its_tokens_had_come_one_at_a_time():
     more = [tokens[:7] for tokens in (random_tokens(9, BATCH, 8) % DEEP.vocab_size).tolist()]
     out, state = kvjax.extend(MODEL, prefilled(PROMPTS), prompts=more, max_new_tokens=2, prefill_chunk=CHUNK)

@@ -72,13 +72,13 @@ CELLS = [
     Choice(Full(), FP8(), 16),
     Choice(H2O(4, 3), FP8(), 4),
     Choice(Full(), Int4(4), 4),
-    Choice(SlidingWindow(6), Int4(4), 16),
     Choice(H2O(4, 3), Int4(8), 4),
     Choice(Full(), SMALL_KIVI, 4),
     Choice(SnapKV(6, 2, 3), KIVI(4, 4, 4), 4),
     *(
         pytest.param(Choice(policy, codec, size), marks=SLOW)
         for policy, codec, size in (
+            (SlidingWindow(6), Int4(4), 16),
             (Full(), FP8(), 4),
             (SlidingWindow(6), FP8(), 4),
             (H2O(4, 3), FP8(), 16),

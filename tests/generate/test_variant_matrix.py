@@ -58,14 +58,10 @@ MARGIN = 5e-5
 Cell = tuple[str, Any, Any]
 FAST: tuple[Cell, ...] = (
     ("mla", H2O(3, 3), Dense()),
-    ("mla", StreamingLLM(2, 4), Int8()),
     ("cla", TOVA(5), Dense()),
-    ("cla", H2O(3, 3), Int8()),
-    ("windows", StreamingLLM(2, 4), Dense()),
-    ("windows", Full(), Int8()),
+    ("windows", StreamingLLM(2, 4), Int8()),
     ("sinks", SlidingWindow(6), Dense()),
-    ("sinks", H2O(3, 3), Int8()),
-    ("moe", TOVA(5), Int8()),
+    ("moe", Full(), Int8()),
 )
 """Every variant, policy and codec; `make test-all` runs the whole product."""
 
@@ -187,7 +183,7 @@ def check_memory(cache: Cache, policy: Any) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "policy", "codec"),
-    cells(fast=(("mla", H2O(3, 3), Dense()), ("windows", Full(), Dense()))),
+    cells(fast=(("mla", H2O(3, 3), Dense()),)),
 )
 def test_how_a_prompt_is_split_is_irrelevant(variant, policy, codec):
     """Into chunks of any size; and, where nothing is weighed by attention, into tokens fed one by one."""
@@ -277,7 +273,7 @@ ELEMENTS = {
 """Config, elements of one token, and vectors they make up, over all layers and heads."""
 
 
-@pytest.mark.parametrize("codec", [Dense(), Int8()], ids=["Dense", "Int8"])
+@pytest.mark.parametrize("codec", [Dense(), pytest.param(Int8(), marks=SLOW)], ids=["Dense", "Int8"])
 @pytest.mark.parametrize("kind", ELEMENTS)
 def test_bytes_per_token_in_the_live_pool_are_the_formula(kind, codec):
     config, elements, vectors = ELEMENTS[kind]

@@ -258,7 +258,7 @@ def test_a_process_that_hangs_or_dies_costs_only_its_case(tmp_path: Path, monkey
 def test_a_kernel_that_hangs_on_the_device_costs_only_its_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    cases = [dataclasses.replace(FULL, name=name) for name in ("hangs", "works")]
+    cases = [dataclasses.replace(FULL, name=name) for name in ("waits", "works")]
     with on_gpu.Gpu(cases, 1, times=False, source="stubborn:cases") as gpu:
         results = [gpu.run(case, seconds=15 if case.name == "works" else 2) for case in cases]
     assert "no answer" in results[0].reason
@@ -358,6 +358,7 @@ def test_every_case_lowers_for_an_h100(case: Case) -> None:
 
 STUBBORN = """
 import dataclasses, os, time
+import jax
 import jax.numpy as jnp
 from pallas_kernels.checks.case import Case
 
@@ -367,7 +368,10 @@ def hangs(x):
 def dies(x):
     os._exit(3)
 
+def waits(x):
+    return jax.pure_callback(lambda x: (time.sleep(600), x)[1], x, x)
+
 def cases():
-    for name, call in (("hangs", hangs), ("dies", dies), ("works", lambda x: x)):
+    for name, call in (("hangs", hangs), ("dies", dies), ("waits", waits), ("works", lambda x: x)):
         yield Case(name, "toy", "mosaic_gpu", "full", lambda seed: (jnp.ones(2),), call, call, 1e-6)
 """

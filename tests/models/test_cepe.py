@@ -191,6 +191,7 @@ def test_the_order_of_whole_chunks_is_free(path):
     differ(logits(model(), moved, path), given)
 
 
+@pytest.mark.slow
 def test_a_fresh_encoder_leaves_the_model_as_it_was():
     fresh = kvjax.with_encoder(base(), ENCODER, context_chunk=CHUNK, cross_layers=2)
     for path in ("forward", "decode"):
@@ -316,6 +317,7 @@ def test_forks_share_the_context_and_the_last_one_returns_it():
     assert int(pages.release(half, jnp.ones(4, bool)).context[0].used) == 0
 
 
+@pytest.mark.slow
 def test_the_number_of_chunks_compiles_nothing():
     prompt, chunks = [TOKENS[0, :5].tolist()], CONTEXTS[0]
     kvjax.generate(model(), prompt, 2, CACHE, prefill_chunk=3, contexts=[chunks])

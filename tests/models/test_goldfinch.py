@@ -201,6 +201,7 @@ def test_a_predecessor_is_never_padding():
 # The cache
 
 
+@pytest.mark.slow
 def test_recomputed_keys_are_the_stored_ones():
     """From compressed vectors and ids in pages, after a chunked prompt and some steps; stored as each token came."""
     model, weights, shape = pair()
@@ -219,7 +220,10 @@ def test_recomputed_keys_are_the_stored_ones():
         np.testing.assert_allclose(source.keys[row, : len(inside)], stored.keys, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("codec, vector", [(kvjax.codecs.Dense(), 4 * HIDDEN // 16), (Int8(), HIDDEN // 16 + 4)])
+@pytest.mark.parametrize(
+    "codec, vector",
+    [(kvjax.codecs.Dense(), 4 * HIDDEN // 16), pytest.param(Int8(), HIDDEN // 16 + 4, marks=pytest.mark.slow)],
+)
 def test_a_token_weighs_its_id_and_a_sixteenth_whatever_the_layers(codec, vector):
     cache = dataclasses.replace(CACHE, codec=codec)
     for layers in (3, 6):
@@ -245,6 +249,7 @@ def test_the_cache_is_as_much_smaller_as_the_paper_says(layers, hidden, publishe
     assert kvjax.plan(plain).bytes_per_token // kvjax.plan(ours).bytes_per_token == published
 
 
+@pytest.mark.slow
 def test_a_codec_changes_compressed_vectors_and_never_ids():
     """Coded alike on both paths, so equal to rounding; unlike the uncoded ones."""
     model, _, _ = pair()

@@ -188,6 +188,7 @@ def with_bias(bias: np.ndarray) -> Params:
     return changed(BIASED, put)
 
 
+@pytest.mark.slow
 def test_a_selection_bias_moves_the_choice_but_not_the_weight():
     favoured = [1, 4]
     bias = np.zeros(6)
@@ -281,7 +282,9 @@ def test_a_soft_cap_far_above_all_scores_is_none(name, path):
     differ(logits(dataclasses.replace(PLAIN, **{name: 1.0}), params, path), expected)
 
 
-@pytest.mark.parametrize("path", ["forward", pytest.param("prefill", marks=pytest.mark.slow), "decode"])
+@pytest.mark.parametrize(
+    "path", ["forward", *(pytest.param(path, marks=pytest.mark.slow) for path in ("prefill", "decode"))]
+)
 def test_windows_wider_than_the_text_are_none(path):
     params = random_params(PLAIN)
     expected = logits(PLAIN, params, path)
