@@ -4,6 +4,9 @@ The KV cache is a value: every way to make it smaller, share it or read less of 
 immutable pytree, so methods compose under one `jax.jit`.
 """
 
+import importlib
+from typing import Any
+
 from kvjax import errors
 from kvjax.attention.protocol import Attend
 from kvjax.cache import codecs, policies, selects
@@ -29,6 +32,14 @@ from kvjax.model import Model, init, with_encoder
 from kvjax.plan import Plan, plan
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`kvjax.train`, loaded when it is first asked for: who only generates needs no optimisers."""
+    if name == "train":
+        return importlib.import_module("kvjax.train")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Attend",

@@ -16,6 +16,7 @@ from kvjax.convert.directory import KVJAX_FILE, TOKENIZER_FILE, read_sidecars, r
 from kvjax.convert.generation import agreeing, with_generation_config
 from kvjax.convert.hf import CONFIG_FILE, load_hf, save_hf
 from kvjax.convert.orbax_store import load_orbax, save_orbax
+from kvjax.convert.run_store import load_run, run_of
 from kvjax.convert.weight_dtypes import weight_dtype
 from kvjax.distributed import as_mesh, parameter_shardings
 from kvjax.errors import CheckpointError, ConfigError
@@ -26,11 +27,12 @@ FORMATS = ("orbax", "safetensors")
 
 
 def load(path: str | Path, dtype: Any = None, mesh: Mesh | MeshConfig | None = None) -> Model:
-    """Reads a model from a Hugging Face directory, or from one that `save` wrote.
+    """Reads a model from a Hugging Face directory, from one that `save` wrote, or from a training run.
 
     Args:
       path: a local directory: `config.json` and safetensors of a family in `kvjax.convert.families`, or
-        `kvjax_config.json` and orbax weights.
+        `kvjax_config.json` and orbax weights, or the folder of a training run: its last good checkpoint is read, with a
+        warning for each that is damaged; `RUN/checkpoints/STEP` is a certain one.
       dtype: of the weights: "float32", "bfloat16" or "float16"; "auto": the checkpoint's own (where tensors differ, the
         embedding's); None: bfloat16 on an accelerator, float32 on CPU (bfloat16 products are many times slower there).
       mesh: spread the weights over a mesh by `kvjax.distributed.AxisRules`; None: all on the default device.
@@ -53,9 +55,13 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | MeshConfig | None = N
     def shardings(config: ModelConfig) -> Params | None:
         return None if device_mesh is None else parameter_shardings(config, device_mesh)
 
-    files = read_sidecars(path)
-    tokenizer = _read_tokenizer(files, path)
-    if (path / KVJAX_FILE).exists():
+    run = run_of(path)
+    beside = path if run is None else run[0]
+    files = read_sidecars(beside)
+    tokenizer = _read_tokenizer(files, beside)
+    if run is not None:
+        config, params = load_run(*run, wanted, shardings)
+    elif (path / KVJAX_FILE).exists():
         config, params = load_orbax(path, wanted, shardings)
     elif (path / CONFIG_FILE).exists():
         config, params = load_hf(path, wanted, shardings)

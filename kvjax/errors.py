@@ -20,6 +20,10 @@ class CheckpointError(KvjaxError):
     """A checkpoint that is missing, damaged, of an unknown kind, or not of the shape its config promises."""
 
 
+class TrainingError(KvjaxError):
+    """Training that cannot go on: a loss that is not finite, or batches that ended before the steps did."""
+
+
 class RequestError(KvjaxError, ValueError):
     """A request that cannot be served: an empty prompt, token ids outside the vocabulary, a negative length."""
 

@@ -21,6 +21,7 @@ from typing import Any
 import matplotlib
 import tyro
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -78,7 +79,7 @@ def main(arguments: Arguments) -> None:
     rows = chosen_rows(arguments)
     model = kvjax.load(arguments.model, dtype=arguments.dtype)
     suite = Suite(model, material_of(model, arguments.text or None), arguments.settings)
-    about = about_run(arguments)
+    about = None if arguments.draw else about_run(arguments)
     results = open_results(arguments.out.with_suffix(".json"), suite.identity, about, arguments.fresh)
     if not arguments.draw:
         run(suite, rows, results, console)
@@ -129,14 +130,7 @@ def report(results: Results, rows: tuple[Row, ...], arguments: Arguments, consol
     entries = results.of(rows, arguments.settings.tasks)
     if not entries:
         raise ConfigError(f"{results.path} holds no results of these caches and tasks; run without --draw")
-    titles, lines = table(entries)
-    shown = Table(*titles)
-    shown.columns[0].no_wrap = True
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for line in lines:
-        shown.add_row(*line)
-    Console().print(shown)
+    print_table(*table(entries))
     pictures = [draw_quality(entries, arguments.out, "held"), draw_recall(entries, arguments.out)]
     if any(row.cache.select is not None for row in rows):
         pictures.insert(1, draw_quality(entries, arguments.out, "read"))
@@ -144,6 +138,45 @@ def report(results: Results, rows: tuple[Row, ...], arguments: Arguments, consol
     page = markdown(entries, results.identity, results.about, names)
     arguments.out.with_suffix(".md").write_text(page)
     console.print(f"{results.path} and the page and pictures beside it", highlight=False)
+
+
+IN_SHORT = (
+    "cache",
+    "of the first",
+    "kB held",
+    "kB read a step",
+    "above full",
+    "recall",
+    "tracking",
+    "copied",
+)
+"""Columns that a narrow terminal shows, without errors; the page has all."""
+
+
+def print_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """All columns where there is room for them."""
+
+    def made(chosen: Sequence[int], errors: bool) -> Table:
+        shown = Table(*(titles[i] for i in chosen))
+        for column in shown.columns:
+            column.no_wrap, column.justify = True, "right"
+        shown.columns[0].justify = "left"
+        for line in lines:
+            shown.add_row(*(line[i] if errors else line[i].partition(" ±")[0] for i in chosen))
+        return shown
+
+    def width(of: Table) -> int:
+        endless = Console(width=10_000)
+        return Measurement.get(endless, endless.options, of).maximum
+
+    terminal = Console()
+    shown = made(range(len(titles)), errors=True)
+    if not terminal.is_terminal:
+        # What no terminal is waiting for need not fit one.
+        terminal = Console(width=width(shown))
+    elif width(shown) > terminal.width:
+        shown = made([i for i, title in enumerate(titles) if title in IN_SHORT], errors=False)
+    terminal.print(shown)
 
 
 SIZES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-RUNS = ("attention_variants", "converting", "forks_and_snapshots")
+RUNS = ("attention_variants", "converting", "finetuning", "forks_and_snapshots")
 """Pages whose Python blocks, one after another, are a program."""
 
 

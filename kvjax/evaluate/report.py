@@ -135,7 +135,7 @@ def markdown(entries: Sequence[Entry], identity: dict[str, Any], about: dict[str
         "one of recall or tracking nearly all. ± is the standard error over questions. Held are the bytes per sequence "
         "of pages in use in the live cache when a task ends (here text, or the first one run), scales included.",
         "",
-        f"{machine_line(about)} Made by `{about['command']}`.",
+        f"{machine_line(about)} Made by `{about['command']}`.{_busy(about)}",
         "",
         *_markdown_table(*table(entries)),
     ]
@@ -145,6 +145,14 @@ def markdown(entries: Sequence[Entry], identity: dict[str, Any], about: dict[str
     for picture in pictures:
         lines += ["", f"![{picture.partition('.')[0].replace('_', ' ')}]({picture})"]
     return "\n".join([*lines, ""])
+
+
+def _busy(about: dict[str, Any]) -> str:
+    """A warning where other work shared the processor."""
+    load, cores = about.get("load_before"), about.get("cores")
+    if not load or not cores or load <= cores / 2:
+        return ""
+    return " The machine was busy with other work: tokens/s of different rows are not to be compared."
 
 
 def _markdown_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -60,17 +60,18 @@ class Results:
         os.replace(part, self.path)
 
 
-def open_results(path: Path, identity: dict[str, Any], about: dict[str, Any], fresh: bool = False) -> Results:
+def open_results(path: Path, identity: dict[str, Any], about: dict[str, Any] | None, fresh: bool = False) -> Results:
     """The results at `path` to go on with, or none yet.
 
     Args:
+      about: of the run that begins; None: nothing will be added, what the file says stays.
       fresh: begin anew, whatever is there.
 
     Raises:
       ConfigError: the file is damaged, or its results were made with another model, text or other settings.
     """
     if fresh or not path.exists():
-        return Results(path, identity, about)
+        return Results(path, identity, about or {})
     document = read_results(path)
     different = [key for key in identity if document["identity"].get(key) != identity[key]]
     if different:
@@ -82,7 +83,7 @@ def open_results(path: Path, identity: dict[str, Any], about: dict[str, Any], fr
             f"the results in {path.name} were made with another {different[0]} ({was}, now {now}); delete the file, "
             "begin anew with --fresh, or give another --out"
         )
-    return Results(path, identity, about, document["results"])
+    return Results(path, identity, document["about"] if about is None else about, document["results"])
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -102,10 +103,10 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} holds no results of format {FORMAT}; {remedy}")
     entries = document.get("results")
     parts = {"label": str, "point": str, "cache": str, "task": str, "metrics": dict, "bytes": dict, "seconds": dict}
-    whole = isinstance(document.get("identity"), dict) and isinstance(entries, list)
+    whole = all(isinstance(document.get(key), dict) for key in ("identity", "about")) and isinstance(entries, list)
     for number, entry in enumerate(entries if whole and isinstance(entries, list) else []):
         if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in parts.items()):
             raise ConfigError(f"{path} is damaged: result {number} lacks something; {remedy}")
     if not whole:
-        raise ConfigError(f"{path} is damaged: it lacks an identity or results; {remedy}")
+        raise ConfigError(f"{path} is damaged: it lacks an identity, what it is about, or results; {remedy}")
     return document

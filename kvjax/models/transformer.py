@@ -28,6 +28,9 @@ from kvjax.models.retention import Retention
 from kvjax.models.rotary import rotary
 from kvjax.typing import Held, KeyValue, Params
 
+HIDDEN_STATES = "hidden_states"
+"""A collection: made mutable, each layer notes in it as "given" what it gives. Distillation asks for it."""
+
 
 class Layer(nn.Module):
     """Attention and feed-forward with residuals. (x[B,T,hidden], cache) -> the same, and the layer's keys and values.
@@ -57,6 +60,7 @@ class Layer(nn.Module):
             x = x if read is None else x + read
         mlp: Any = (MixtureOfExperts if self.kind.sparse else FeedForward)(c, name="mlp")
         x = x + self._after("mlp_post_norm", mlp(self._before("mlp_norm", x)))
+        self.sow(HIDDEN_STATES, "given", x)
         return (x, cache), own if c.owners else None
 
     def _before(self, name: str, x: jax.Array) -> jax.Array:
@@ -92,7 +96,7 @@ class Decoder(nn.Module):
     Attributes:
       attend: an object with `begin(cache, tokens, positions)`, the call itself, and `end(cache)` (`kvjax.attention`).
       scan: layers are scanned over and parameters stacked, instead of unrolled and per layer; needs layers of one kind.
-      remat: with `scan`, recompute each layer in the backward pass instead of keeping its activations.
+      remat: recompute each layer in the backward pass instead of keeping its activations (GoldFinch's are kept).
     """
 
     config: ModelConfig
@@ -112,7 +116,7 @@ class Decoder(nn.Module):
                 )
             scanned = nn.scan(
                 body,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, HIDDEN_STATES: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=c.num_layers,
@@ -124,7 +128,9 @@ class Decoder(nn.Module):
             self.compress = Linear(c.hidden_size // c.goldfinch.compression, use_bias=False)
             self.expand = Linear(c.hidden_size, use_bias=False)
         else:
-            self.layers = [Layer(c, self.attend, c.kind(index)) for index in range(c.num_layers)]
+            # The layer's number stays a number: attention may choose by it.
+            one: Any = nn.remat(Layer, static_argnums=(2,)) if self.remat else Layer
+            self.layers = [one(c, self.attend, c.kind(index)) for index in range(c.num_layers)]
         if c.cross_from is not None:
             self.bridge = Bridge(c)
         self.norm = norm_of(c)

@@ -1,1 +1,8 @@
-"""Data, loss and training step: what the demo model is trained with."""
+"""Training: fine-tuning of any model, and the pieces that the demo model is trained with."""
+
+from kvjax.train.api import finetune
+from kvjax.train.batch import Batch
+from kvjax.train.loop import Every, Told
+from kvjax.train.settings import Distillation, LoRA, Settings
+
+__all__ = ["Batch", "Distillation", "Every", "LoRA", "Settings", "Told", "finetune"]

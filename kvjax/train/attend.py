@@ -1,20 +1,76 @@
-"""Causal attention for training, a block of queries at a time."""
+"""Causal attention for training: over whole rows, or over rows that hold several documents each."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.attention.context import Context, cross_dense
-from kvjax.typing import Held, Rotate
+from kvjax.attention.dense import DenseAttend
+from kvjax.attention.partial import merged
+from kvjax.config import ModelConfig
+from kvjax.typing import Held, Rotate, Scoring
+from pallas_kernels import attention
+
+
+class Segments(NamedTuple):
+    """What stands for the cache where rows are packed: `ids` int32[B, T], tokens of equal ids are one document."""
+
+    ids: jax.Array
+
+
+def training_attend(config: ModelConfig, accelerator: bool | None = None, backend: str | None = None) -> Any:
+    """The quickest attention for training that computes what the model asks for; it takes `Segments` as its cache.
+
+    Args:
+      accelerator: whether it runs on one; None: whether the default backend is one.
+      backend: which kernel; None: the best that can serve.
+    """
+    plain = not any(config.windows) and config.attention_soft_cap is None and not config.attention_sinks
+    on = jax.default_backend() != "cpu" if accelerator is None else accelerator
+    return BlockCausalAttend() if plain and not on else PackedAttend(config.cache_windows, backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedAttend(DenseAttend):
+    """Flash attention in the order of a row's tokens, each document of a packed row apart from the others.
+
+    Kernels are told segments and not positions: within a document both order tokens alike.
+    """
+
+    def __call__(
+        self,
+        cache: Any,
+        layer: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array | None,
+        positions: jax.Array,
+        rotate: Rotate,
+        *,
+        scoring: Scoring = Scoring(),
+        write: bool = True,
+    ) -> tuple[jax.Array, Any]:
+        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], positions int32[B,T] (used for rotation only) -> out [B,T,H,Dv]."""
+        assert v is not None, "without a cache latents are expanded to keys and values"
+        part = attention(
+            rotate(q, positions),
+            rotate(k, positions),
+            v,
+            window=self._window(layer),
+            segment_ids=cache.ids if isinstance(cache, Segments) else None,
+            soft_cap=scoring.soft_cap,
+            backend=self.backend,
+        )
+        return merged([part], scoring.sinks)[0], cache
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockCausalAttend:
-    """Full causal attention over whole rows (positions 0, 1, ...), without a cache.
+    """Full causal attention in the order of a row's tokens, without a cache; `Segments` keep documents apart.
 
     Each block of queries multiplies only the keys up to its own end, so about half of the score matrix is never made,
     and every product is a plain batched matrix product. On a CPU both matter: forward and backward at T = 512
@@ -52,8 +108,10 @@ class BlockCausalAttend:
         for start in range(0, q.shape[2], self.block):
             end = min(start + self.block, q.shape[2])
             scores = jnp.matmul(q[:, :, start:end], jnp.swapaxes(k[:, :, :end], 2, 3))
-            causal = jnp.tril(jnp.ones((end - start, end), bool), start)
-            weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1)
+            seen = jnp.tril(jnp.ones((end - start, end), bool), start)
+            if isinstance(cache, Segments):
+                seen = seen & (cache.ids[:, None, start:end, None] == cache.ids[:, None, None, :end])
+            weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
             out.append(jnp.matmul(weights, v[:, :, :end]))
         return jnp.swapaxes(jnp.concatenate(out, axis=2), 1, 2), cache
 
