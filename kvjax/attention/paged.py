@@ -73,10 +73,13 @@ class PagedAttend:
     Attributes:
       backend: which kernel, None for the best that can serve.
       prompt: the tokens are a prompt's, which reads everything whatever the select, even where they come one by one.
+      rotate: that of the layers that a select reads, for what happens once all layers are through: pages may then lose
+        keys that a codec holds unrotated, or be given them. Others do without.
     """
 
     backend: str | None = None
     prompt: bool = False
+    rotate: Rotate | None = None
     latent: ClassVar[bool] = True
 
     def begin(self, cache: Cache, tokens: jax.Array, positions: jax.Array) -> Step:
@@ -115,7 +118,7 @@ class PagedAttend:
         if cache.before[number] is not None:
             cache = dataclasses.replace(cache, pending={**cache.pending, layer: (key, value, slots)})
         else:
-            group = store(group, index, slots, key, value)
+            group = store(group, index, slots, key, value, rotate)
         groups = (*cache.cache.groups[:number], group, *cache.cache.groups[number + 1 :])
         return dataclasses.replace(cache, cache=dataclasses.replace(cache.cache, groups=groups))
 
@@ -201,8 +204,11 @@ class PagedAttend:
         call = _Call(index, q, positions, rotate, scoring)
         if before is None:
             if write and not deciding:
-                keep = put_exact if waits(codec) else store
-                group = keep(group, index, layer_rows(group, cache.slots[number], index), key, value)
+                landing = layer_rows(group, cache.slots[number], index)
+                if waits(codec):
+                    group = put_exact(group, index, landing, key, value)
+                else:
+                    group = store(group, index, landing, key, value, rotate)
             out, group = self._read(group, call, cache.active, observe=write)
             if waits(codec) and isinstance(layer, int):
                 order = order + after(jnp.zeros((), jnp.int32), out)
@@ -213,7 +219,7 @@ class PagedAttend:
                 pending[layer] = key, value, slots
                 order = order + after(jnp.zeros((), jnp.int32), out)
             else:
-                group = store(group, index, after(slots, out), key, value)
+                group = store(group, index, after(slots, out), key, value, rotate)
         groups = (*cache.cache.groups[:number], group, *cache.cache.groups[number + 1 :])
         renewed = dataclasses.replace(cache.cache, groups=groups)
         return out, dataclasses.replace(cache, cache=renewed, pending=pending, order=order)
@@ -223,11 +229,11 @@ class PagedAttend:
         groups = list(cache.cache.groups)
         for layer, (key, value, slots) in cache.pending.items():
             number, index = cache.cache.locate(layer)
-            groups[number] = store(groups[number], index, slots + cache.order, key, value)
+            groups[number] = store(groups[number], index, slots + cache.order, key, value, self.rotate)
         for number, group in enumerate(groups):
             if waits(group.layout.codec):
                 groups[number] = settled(group, cache.active, cache.order)
-        return ended(dataclasses.replace(cache.cache, groups=tuple(groups)))
+        return ended(dataclasses.replace(cache.cache, groups=tuple(groups)), self.rotate)
 
     def _read(self, group: Group, call: _Call, active: jax.Array, observe: bool) -> tuple[jax.Array, Group]:
         """Attention over what is held, the new tokens included; scores follow where the policy wants them."""
@@ -236,7 +242,7 @@ class PagedAttend:
         few, tail = None, newest(group, index, call.q.dtype) if waits(layout.codec) else None
         if self._selects(group, call):
             turned_q, (read,) = call.rotate(call.q, call.positions), reads
-            few = selected(group, index, turned_q, call.positions, read.window, tail)
+            few = selected(group, index, turned_q, call.positions, read.window, tail, call.rotate)
             parts = [few.attend(turned_q, call.positions, call.scoring.soft_cap, self.backend)]
         elif tail is not None:
             parts = [self._partial(group, group.position, coded(group, group.length - 1)[1], reads[0], call)]

@@ -8,18 +8,23 @@ single slots of a codec whose keys share their page's scales are read out one by
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.calibrated import calibrated_attention, calibrated_weights
+from kvjax.cache.calibrated import known
 from kvjax.cache.codecs import Encoded
+from kvjax.cache.codecs.calibrated import calibrated
 from kvjax.cache.page_state import flat, page_numbers
 from kvjax.cache.policies.protocol import EMPTY
 from kvjax.cache.selects import Chosen, View
 from kvjax.cache.state import Group
 from kvjax.cache.tail import beside, codec_of, coded
 from kvjax.cache.write import layer_rows
+from kvjax.typing import Rotate
 from pallas_kernels import paged_attention, paged_weights
 
 
@@ -34,6 +39,7 @@ class Selected:
       slots: int32[B, K, n * slots of a unit], which slot of the row each is, S for none.
       width: S. value_dim: None unless the value lies in the key.
       chosen: as the select gave it.
+      unrotated: the group, the layer's index and its `rotate` where the codec was calibrated; None for others.
     """
 
     k: Encoded
@@ -45,11 +51,27 @@ class Selected:
     width: int
     value_dim: int | None
     chosen: Chosen
+    unrotated: tuple[Group, Any, Rotate] | None = None
 
     def attend(
         self, q: jax.Array, q_positions: jax.Array, soft_cap: float | None, backend: str | None
     ) -> tuple[jax.Array, jax.Array]:
         """Attention of rotated q [B, 1, H, D] to the chosen alone: out [B, 1, H, Dv], lse float32[B, 1, H]."""
+        if self.unrotated is not None:
+            group, index, rotate = self.unrotated
+            return calibrated_attention(
+                group,
+                index,
+                q,
+                self.table,
+                self.lengths,
+                rotate,
+                units=(self.k, self.v),
+                positions=self.positions,
+                q_positions=q_positions,
+                window=None,
+                soft_cap=soft_cap,
+            )
         return paged_attention(
             q,
             self.k.values,
@@ -82,21 +104,40 @@ class Selected:
         self, q: jax.Array, q_positions: jax.Array, lse: jax.Array, soft_cap: float | None, backend: str | None
     ) -> jax.Array:
         """The attention each slot of the row receives, float32[B, K, S], 0 where nothing was read."""
-        some = paged_weights(
-            q,
-            self.k.values,
-            self.table,
-            self.lengths,
-            lse=lse,
-            row_weights=jnp.ones(q_positions.shape, jnp.float32),
-            layer=jnp.zeros(1, jnp.int32),
-            positions=self.positions,
-            q_positions=q_positions,
-            soft_cap=soft_cap,
-            k_scale=self.k.scale,
-            k_min=self.k.minimum,
-            backend=backend,
-        )
+        row_weights = jnp.ones(q_positions.shape, jnp.float32)
+        if self.unrotated is not None:
+            group, index, rotate = self.unrotated
+            some = calibrated_weights(
+                group,
+                index,
+                q,
+                self.table,
+                self.lengths,
+                rotate,
+                units=(self.k, self.v),
+                lse=lse,
+                row_weights=row_weights,
+                positions=self.positions,
+                q_positions=q_positions,
+                window=None,
+                soft_cap=soft_cap,
+            )
+        else:
+            some = paged_weights(
+                q,
+                self.k.values,
+                self.table,
+                self.lengths,
+                lse=lse,
+                row_weights=row_weights,
+                layer=jnp.zeros(1, jnp.int32),
+                positions=self.positions,
+                q_positions=q_positions,
+                soft_cap=soft_cap,
+                k_scale=self.k.scale,
+                k_min=self.k.minimum,
+                backend=backend,
+            )
         batch, heads = jnp.arange(some.shape[0])[:, None, None], jnp.arange(some.shape[1])[None, :, None]
         return jnp.zeros((*some.shape[:2], self.width)).at[batch, heads, self.slots].set(some, mode="drop")
 
@@ -114,12 +155,14 @@ def selected(
     q_positions: jax.Array,
     window: int | None,
     tail: tuple[jax.Array, jax.Array | None, jax.Array] | None = None,
+    rotate: Rotate | None = None,
 ) -> Selected:
     """What the group's select chooses for rotated queries q [B, 1, H, D] of the layer at `index`.
 
     Args:
       q_positions: int32[B, 1], -1 is padding. window: only positions less than this far behind; None: all.
       tail: of a codec that waits, what lies beside the pages (`newest`): it is chosen among the others.
+      rotate: the layer's, for a codec that holds keys unrotated.
     """
     layout, select = group.layout, group.layout.select
     assert select is not None
@@ -150,7 +193,8 @@ def selected(
 
     def units(pool: jax.Array) -> jax.Array:
         # A leaf that has one of something for a whole page keeps it.
-        return pool.reshape(-1, 1, 1, min(unit, pool.shape[3]), *pool.shape[4:])
+        slots = min(unit, pool.shape[3])
+        return pool.reshape(math.prod(pool.shape[:4]) // slots, 1, 1, slots, *pool.shape[4:])
 
     if tail is None or select.unit == "page":
         k, v = jax.tree.map(units, group.k), None if group.v is None else jax.tree.map(units, group.v)
@@ -169,6 +213,7 @@ def selected(
         width=held.shape[-1],
         value_dim=layout.spec.value_dim if group.v is None else None,
         chosen=chosen,
+        unrotated=(group, index, known(group, rotate)) if calibrated(layout.codec) else None,
     )
 
 

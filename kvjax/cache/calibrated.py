@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,71 @@ def with_first(x: jax.Array, first: jax.Array | None, positions: jax.Array) -> j
     place = jnp.broadcast_to(jnp.clip(positions, 0, count - 1), x.shape[:3])
     exact = jnp.take_along_axis(jnp.swapaxes(first, 1, 2), place[..., None], axis=2)
     return jnp.where(((positions >= 0) & (positions < count))[..., None], exact.astype(x.dtype), x)
+
+
+def known(group: Group, rotate: Rotate | None) -> Rotate:
+    """`rotate`, without which a select cannot read what a calibrated codec holds."""
+    if rotate is None:
+        raise ValueError(f"{group.layout.codec!r} holds keys unrotated: a select needs the layer's `rotate`, got None")
+    return rotate
+
+
+def turned(k: jax.Array, where: jax.Array, rotate: Rotate) -> jax.Array:
+    """k [B, K, S, D] turned to where int32[B, K or 1, S]."""
+    if where.shape[1] == 1:
+        return jnp.swapaxes(rotate(jnp.swapaxes(k, 1, 2), where[:, 0]), 1, 2)
+    slots, width = k.shape[2:]
+    return rotate(k.reshape(-1, slots, 1, width), where.reshape(-1, slots)).reshape(k.shape)
+
+
+class Where(NamedTuple):
+    """Whose pages [...] are, each of one head.
+
+    Attributes:
+      layer, head, sequence: int32[...] or broadcast to that; a layer by its index in the group.
+      position: int32[..., page], the token in each slot, -1 for none.
+      rotate: that of all these layers.
+    """
+
+    layer: jax.Array | int
+    head: jax.Array
+    sequence: jax.Array
+    position: jax.Array
+    rotate: Rotate
+
+
+def read_pages(group: Group, k: Encoded, v: Encoded | None, where: Where) -> tuple[jax.Array, jax.Array]:
+    """What is read of pages, leaves [..., page, *], of any layers: keys [..., page, D] rotated, values [..., page, Dv].
+
+    Both in the model's dtype. Only for codecs that were calibrated.
+    """
+    layout, position = group.layout, where.position
+    codec: Any = layout.codec
+    dtype, lead = jnp.dtype(layout.dtype), position.shape[:-1]
+    index, head, sequence = (jnp.broadcast_to(x, lead) for x in (where.layer, where.head, where.sequence))
+
+    def table(array: jax.Array) -> jax.Array:
+        """Of each page's layer, beside its slots and channels: [L, K, D] -> [..., 1, D], [L, n] -> [n, ..., 1, 1]."""
+        if array.ndim == 3:
+            return array[index, head][..., None, :]
+        return jnp.moveaxis(array[index], -1, 0)[..., None, None]
+
+    def exact(x: jax.Array, name: str) -> jax.Array:
+        first = group.tail.get(name)
+        if first is None:
+            return x
+        count = first.shape[2]
+        place = jnp.clip(position, 0, count - 1)
+        found = first[index[..., None], sequence[..., None], place, head[..., None]]
+        return jnp.where(((position >= 0) & (position < count))[..., None], found.astype(x.dtype), x)
+
+    tables = {name: table(array) for name, array in group.tables.items()}
+    keys = exact(codec.decode_keys(k, tables, dtype), "k")
+    values = keys[..., : layout.spec.value_dim]
+    if v is not None:
+        values = exact(codec.decode_values(v, tables, dtype), "v")
+    by_page = keys.reshape(-1, position.shape[-1], 1, keys.shape[-1])
+    return where.rotate(by_page, position.reshape(by_page.shape[:2])).reshape(keys.shape), values
 
 
 def first_of(group: Group, index: int | jax.Array) -> Tail:

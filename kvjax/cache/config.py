@@ -75,7 +75,7 @@ class CacheConfig:
         if self.select is not None:
             check_select(self.select, self.policy)
         check_waiting(self.codec, self.policy, self.page_size)
-        check_calibrated(self.codec, self.policy, self.select)
+        check_calibrated(self.codec, self.policy)
         overrides = []
         taken: set[int] = set()
         for override in self.overrides:

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.calibrated import Where, known, read_pages
 from kvjax.cache.codecs import Encoded
+from kvjax.cache.codecs.calibrated import calibrated
+from kvjax.cache.put import put
 from kvjax.cache.state import Cache, Group, with_victims
 from kvjax.cache.write import layer_rows, place_in_page, write
+from kvjax.typing import Rotate
 
 
-def store(group: Group, index: int | jax.Array, slots: jax.Array, k: Encoded, v: Encoded | None) -> Group:
-    """`write`, and what the group's select remembers of the pages written to."""
-    return renewed(write(group, index, _ordered(group, slots), k, v), index, slots)
+def store(
+    group: Group,
+    index: int | jax.Array,
+    slots: jax.Array,
+    k: Encoded,
+    v: Encoded | None,
+    rotate: Rotate | None = None,
+) -> Group:
+    """`write`, and what the group's select remembers of the pages written to.
+
+    rotate: the layer's, for a codec that holds keys unrotated.
+    """
+    return renewed(write(group, index, _ordered(group, slots), k, v), index, slots, rotate)
 
 
 def _ordered(group: Group, slots: jax.Array) -> jax.Array:
@@ -41,7 +56,7 @@ def page_numbers(group: Group, table: jax.Array, index: int | jax.Array) -> jax.
 
 def flat(leaf: jax.Array) -> jax.Array:
     """[P, layers_per_page, heads_per_page, ...] -> [X, ...]: the pages of one layer and head each, in place."""
-    return leaf.reshape(-1, *leaf.shape[3:])
+    return leaf.reshape(math.prod(leaf.shape[:3]), *leaf.shape[3:])
 
 
 def touched(group: Group, table: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -62,8 +77,11 @@ def touched(group: Group, table: jax.Array, slots: jax.Array) -> tuple[jax.Array
     return jnp.minimum(listed, width - 1), (listed < width) & (entries >= 0)
 
 
-def renewed(group: Group, index: int | jax.Array, slots: jax.Array) -> Group:
-    """The group, the state of those pages renewed that slots int32[r, B, T] of the layer at `index` were written to."""
+def renewed(group: Group, index: int | jax.Array, slots: jax.Array, rotate: Rotate | None = None) -> Group:
+    """The group, the state of those pages renewed that slots int32[r, B, T] of the layer at `index` were written to.
+
+    rotate: as `store` takes it.
+    """
     layout = group.layout
     if layout.select is None:
         return group
@@ -75,35 +93,44 @@ def renewed(group: Group, index: int | jax.Array, slots: jax.Array) -> Group:
         return flat(pool)[pages]
 
     v = None if group.v is None else jax.tree.map(stored, group.v)
-    keys, values = decoded(group, jax.tree.map(stored, group.k), v)
+    k = jax.tree.map(stored, group.k)
+    if not calibrated(layout.codec):
+        keys, values = decoded(group, k, v)
     held = layer_rows(group, group.position, index)
     held = held.reshape(*held.shape[:2], -1, layout.page_size)
-    filled = jnp.moveaxis(jnp.take_along_axis(held, entries[..., None], axis=2) >= 0, 0, 1)
-    filled = jnp.broadcast_to(filled, keys.shape[:-1])
+    position = jnp.take_along_axis(held, entries[..., None], axis=2)
+    if calibrated(layout.codec):
+        by_head = jnp.broadcast_to(jnp.moveaxis(position, 0, 1), (*pages.shape, layout.page_size))
+        head, sequence = jnp.arange(pages.shape[1])[:, None], jnp.arange(pages.shape[0])[:, None, None]
+        keys, values = read_pages(group, k, v, Where(index, head, sequence, by_head, known(group, rotate)))
+    filled = jnp.broadcast_to(jnp.moveaxis(position >= 0, 0, 1), keys.shape[:-1])
     state = layout.select.summary(keys, values, filled)
     layers, heads = layout.layers_per_page, layout.heads_per_page
     written = jnp.broadcast_to(jnp.moveaxis(real, 0, 1), pages.shape)
     target = jnp.where(written, pages // (layers * heads), group.num_pages)  # out of range: dropped
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    def kept(old: jax.Array, new: jax.Array) -> jax.Array:
         # Not flat: where axes are of size 1 the compiler was seen to copy all of it into another layout.
-        return old.at[target, pages // heads % layers, pages % heads].set(new.astype(old.dtype), mode="drop")
+        return put(old, (target, pages // heads % layers, pages % heads), new)
 
-    return dataclasses.replace(group, page_state=jax.tree.map(put, group.page_state, state))
+    return dataclasses.replace(group, page_state=jax.tree.map(kept, group.page_state, state))
 
 
 PAGES_PER_TRIP = 16
 """Pages whose state is renewed per trip of a loop, in one layer: a bound on its temporaries, whatever the pool."""
 
 
-def ended(cache: Cache) -> Cache:
-    """What ends a step, or a prompt: `with_victims`, and state renewed of pages from which tokens left for good."""
+def ended(cache: Cache, rotate: Rotate | None = None) -> Cache:
+    """What ends a step, or a prompt: `with_victims`, and state renewed of pages from which tokens left for good.
+
+    rotate: of all layers that a select reads, for a codec that holds keys unrotated.
+    """
     after = with_victims(cache)
-    groups = tuple(_emptied(old, new) for old, new in zip(cache.groups, after.groups, strict=True))
+    groups = tuple(emptied(old, new, rotate) for old, new in zip(cache.groups, after.groups, strict=True))
     return dataclasses.replace(after, groups=groups)
 
 
-def _emptied(before: Group, group: Group) -> Group:
+def emptied(before: Group, group: Group, rotate: Rotate | None) -> Group:
     """The group, its state renewed of pages with slots that `before` still had filled; where none has, at no cost."""
     layout = group.layout
     if layout.select is None or group.position is before.position:
@@ -118,7 +145,9 @@ def _emptied(before: Group, group: Group) -> Group:
         lambda: jnp.nonzero(lost.reshape(-1), size=most, fill_value=lost.size)[0].astype(jnp.int32),
         lambda: jnp.full(most, lost.size, jnp.int32),
     )
-    table, filled = group.table.reshape(-1), group.position.reshape(-1, size) >= 0
+    _, batch, width = group.table.shape
+    table, held_at = group.table.reshape(-1), group.position.reshape(-1, size)
+    filled = held_at >= 0
 
     def more(carry: tuple) -> jax.Array:
         return carry[0] < -(-count // PAGES_PER_TRIP) * layers
@@ -134,14 +163,24 @@ def _emptied(before: Group, group: Group) -> Group:
         def stored(pool: jax.Array) -> jax.Array:
             return pool[jnp.maximum(pages, 0), layer]
 
-        keys, values = decoded(group, jax.tree.map(stored, k), None if v is None else jax.tree.map(stored, v))
+        some_k, some_v = jax.tree.map(stored, k), None if v is None else jax.tree.map(stored, v)
+        if calibrated(layout.codec):
+            row, sequence = entries // (width * batch), entries // width % batch
+            index = row // layout.rows_per_layer * layers + layer
+            heads = layout.heads_per_page
+            head = row[:, None] % layout.rows_per_layer * heads + jnp.arange(heads)
+            position = jnp.broadcast_to(held_at[entries][:, None], (*head.shape, size))
+            where = Where(index[:, None], head, sequence[:, None], position, known(group, rotate))
+            keys, values = read_pages(group, some_k, some_v, where)
+        else:
+            keys, values = decoded(group, some_k, some_v)
         held = jnp.broadcast_to(filled[entries][:, None], keys.shape[:-1])
         target = jnp.where(real, pages, group.num_pages)  # out of range: dropped
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[target, layer].set(new.astype(old.dtype), mode="drop")
+        def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+            return put(old, (target, layer), new)
 
-        return trip + 1, k, v, jax.tree.map(put, state, select.summary(keys, values, held))
+        return trip + 1, k, v, jax.tree.map(kept, state, select.summary(keys, values, held))
 
     first = jnp.zeros((), jnp.int32)
     _, k, v, state = jax.lax.while_loop(more, renew, (first, group.k, group.v, group.page_state))

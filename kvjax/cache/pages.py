@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.policies.optional import with_rows
 from kvjax.cache.policies.protocol import EMPTY
+from kvjax.cache.put import put
 from kvjax.cache.state import Cache, Group
 
 COPIES_PER_TRIP = 16
@@ -187,7 +188,7 @@ def _copy_pages(pools: tuple, source: jax.Array, target: jax.Array, marked: jax.
 
         def one(pool: jax.Array) -> jax.Array:
             onto = target.at[places].get(mode="fill", fill_value=pool.shape[0])
-            return pool.at[onto].set(pool[some], mode="drop")
+            return put(pool, (onto,), pool[some])
 
         return start + COPIES_PER_TRIP, jax.tree.map(one, pools)
 

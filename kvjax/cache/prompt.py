@@ -17,6 +17,7 @@ from kvjax.cache.policies.protocol import EMPTY, RowState
 from kvjax.cache.state import Group
 from kvjax.cache.tail import put_prompt
 from kvjax.cache.write import layer_rows, place, update_layer_rows
+from kvjax.typing import Rotate
 
 
 def keep_prompt(
@@ -28,6 +29,7 @@ def keep_prompt(
     v: Encoded | None,
     tokens: jax.Array | None = None,
     positions: jax.Array | None = None,
+    rotate: Rotate | None = None,
 ) -> tuple[Group, jax.Array]:
     """Stores of a fresh prompt what the policy keeps, for the layer at `index`.
 
@@ -38,6 +40,7 @@ def keep_prompt(
       k, v: the layer's encoded prompt, leaves [B, T, K, ...].
       tokens, positions: int32[B, T], the prompt's ids, which few policies ask for, and where its tokens stand, -1 is
         padding; None: side by side from 0 on.
+      rotate: the layer's, for a codec that holds keys unrotated.
 
     Returns:
       The group, and what stays, bool[r, B, T].
@@ -82,7 +85,7 @@ def keep_prompt(
         group = take_for(group, update_layer_rows(group, nobody, wanted, index))
     if waits(group.layout.codec):
         return put_prompt(group, index, slots, k.values, None if v is None else v.values), kept
-    return store(group, index, slots, k, v), kept
+    return store(group, index, slots, k, v, rotate), kept
 
 
 def _blended(layout: GroupLayout, stored: Encoded, into: jax.Array, share: jax.Array) -> Encoded:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kvjax.cache.codecs import KIVI, Encoded
 from kvjax.cache.layout import GroupLayout
 from kvjax.cache.policies.protocol import EMPTY
+from kvjax.cache.put import put
 from kvjax.cache.selects import Beside
 from kvjax.cache.selects.protocol import PageState
 from kvjax.cache.state import Group
@@ -62,9 +63,9 @@ def put_exact(group: Group, index: int | jax.Array, slots: jax.Array, k: Encoded
 
     def one(held: jax.Array, new: jax.Array) -> jax.Array:
         if slots.shape[0] == 1:
-            return held.at[layer[0], batch[0], place[0]].set(new, mode="drop")
+            return put(held, (layer[0], batch[0], place[0]), new)
         head = jnp.arange(slots.shape[0])[:, None, None]
-        return held.at[layer, batch, place, head].set(jnp.moveaxis(new, 2, 0), mode="drop")
+        return put(held, (layer, batch, place, head), jnp.moveaxis(new, 2, 0))
 
     tail = {"k": one(group.tail["k"], k.values)}
     if v is not None:
@@ -113,7 +114,7 @@ def put_prompt(group: Group, index: int | jax.Array, slots: jax.Array, k: jax.Ar
     if layout.select is not None:
         exact = None if values is None else values.reshape(*codes.values.shape[:4], -1)
         summed = _summary(group, codes, exact)
-        state = jax.tree.map(lambda old, new: old.at[where].set(new.astype(old.dtype), mode="drop"), state, summed)
+        state = jax.tree.map(lambda old, new: put(old, where, new), state, summed)
     if values is not None:
         slot = jnp.arange(width)
         page = page_of(slot // size, slot < values_coded[..., None])
@@ -183,7 +184,7 @@ def settled(group: Group, active: jax.Array, order: jax.Array | int) -> Group:
         )
         new = _summary(group, codec.code_keys(k), None if group.v is None else v)
         there = (page[index], jnp.broadcast_to(place, page[..., 0].shape)[index][..., None], within[:, None])
-        return jax.tree.map(lambda old, leaf: old.at[there].set(leaf.astype(old.dtype), mode="drop"), state, new)
+        return jax.tree.map(lambda old, leaf: put(old, there, leaf), state, new)
 
     if layout.select is not None:
         # A loop, so that steps that code no keys pay nothing for it.

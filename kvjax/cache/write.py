@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.policies.protocol import EMPTY, RowState
+from kvjax.cache.put import put
 from kvjax.cache.state import Group
 
 
@@ -100,11 +101,10 @@ def write(group: Group, index: int | jax.Array, slots: jax.Array, k: Encoded, v:
     layer = jnp.broadcast_to(place_in_page(group, index), page.shape)
 
     def scatter(pool: jax.Array, values: jax.Array) -> jax.Array:
-        values = values.astype(pool.dtype)
         if group.layout.heads_per_page == 1:
             heads_first = jnp.moveaxis(values, 2, 0)  # a row for each head
-            return pool.at[page, layer, jnp.zeros_like(page), offset].set(heads_first, mode="drop")
-        return pool.at[page[0], layer[0], :, offset[0]].set(values, mode="drop")
+            return put(pool, (page, layer, jnp.zeros_like(page), offset), heads_first)
+        return put(pool, (page[0], layer[0], slice(None), offset[0]), values)
 
     return dataclasses.replace(
         group, k=jax.tree.map(scatter, group.k, k), v=None if v is None else jax.tree.map(scatter, group.v, v)

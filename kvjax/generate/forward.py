@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,15 +15,27 @@ from kvjax.attention.protocol import Attend
 from kvjax.cache.state import Cache
 from kvjax.config import ModelConfig
 from kvjax.models import Decoder
-from kvjax.typing import Params
+from kvjax.models.rotary import rotary
+from kvjax.typing import Params, Rotate
 
 
 def apply(
     config: ModelConfig, attend: Attend | None, params: Params, *arguments: Any, method: str | None = None
 ) -> Any:
     """The decoder, or one of its methods: unrolled on per-layer parameters, scanned on stacked ones."""
+    if isinstance(attend, PagedAttend):
+        attend = dataclasses.replace(attend, rotate=rotate_of(config))
     module = Decoder(config, attend, scan="layers" in params)
     return module.apply({"params": params}, *arguments, method=method)
+
+
+def rotate_of(config: ModelConfig) -> Rotate:
+    """The `rotate` of every layer that a select may read: those with a RoPE of their own read their window instead."""
+
+    def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+        return rotary(config)(x, positions)  # not made before it is needed: not every model has one
+
+    return rotate
 
 
 def layer_of(params: Params, layer: int) -> Params:

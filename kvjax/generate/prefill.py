@@ -25,7 +25,7 @@ from kvjax.cache.policies.optional import decides, drops_hidden, observes_steps,
 from kvjax.cache.prompt import keep_prompt
 from kvjax.cache.state import Cache
 from kvjax.config import LayerKind, ModelConfig
-from kvjax.generate.forward import apply, forward_token, layer_of
+from kvjax.generate.forward import apply, forward_token, layer_of, rotate_of
 from kvjax.generate.shortage import out_of_pages
 from kvjax.model import Model
 from kvjax.models import Layer
@@ -217,9 +217,17 @@ def prefill_segment(
     for owner, scratch in scratches.items():
         number = groups[owner]
         held[number], kept = keep_prompt(
-            held[number], index[owner], lengths, scratch.weights, scratch.k, scratch.v, prompt.tokens, columns
+            # What a select remembers of pages is made of the first tokens as they are kept.
+            keep_first(held[number], index[owner], scratch.first),
+            index[owner],
+            lengths,
+            scratch.weights,
+            scratch.k,
+            scratch.v,
+            prompt.tokens,
+            columns,
+            rotate_of(config),
         )
-        held[number] = keep_first(held[number], index[owner], scratch.first)
         if drops_hidden(layouts[owner].policy):
             prompt = _survivors(prompt, kept[0])
     return dataclasses.replace(cache, groups=tuple(held)), prompt
@@ -259,7 +267,7 @@ def finish_prompt(
     if positions is not None:
         target = jnp.where(positions >= 0, positions, hidden.shape[1])
         hidden = jnp.full_like(hidden, jnp.nan).at[order[:, None], target].set(hidden, mode="drop")
-    cache = dataclasses.replace(ended(cache), seen=cache.seen + lengths)
+    cache = dataclasses.replace(ended(cache, rotate_of(config)), seen=cache.seen + lengths)
     return cache, last, hidden
 
 

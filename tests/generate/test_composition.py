@@ -88,11 +88,10 @@ SELECTS = ("None", "Quest", "SparQ")
 VARIANTS = {"gqa": PLAIN, **KINDS}
 PAGES = (4, 16)
 ELSEWHERE = {"KVMerger", "DMC", "KVQuant"}
-"""Run in `test_merging`, `test_dmc` and `test_kvquant`."""
+"""Run in `test_merging`, `test_dmc`, `test_kvquant` and `test_kvquant_selects`."""
 
 SEVERAL = "turns its query to several positions"
 WHOLE_PAGES = "codes the keys of a whole page together, so no slot may be overwritten"
-BEFORE_ROPE = "what a select remembers of a page are keys after RoPE"
 BLENDS = "blends tokens of several positions"
 ONLY_READS = "only reads another's keys and values: it decides about nothing"
 
@@ -114,7 +113,6 @@ REFUSED: dict[tuple[str, ...], str] = {
     },
     # Where the model itself windows a layer, Full is that window.
     ("Full", "KIVI", "windows"): WHOLE_PAGES,
-    **{("KVQuant", select): BEFORE_ROPE for select in ("Quest", "SparQ")},
     **{("KVQuant", policy): BLENDS for policy in ("KVMerger", "DMC")},
     ("DMC", "cla"): ONLY_READS,
     ("KIVI", "16"): "a page is the group of tokens whose keys share their scales",

@@ -20,7 +20,6 @@ import kvjax
 from kvjax import CacheConfig
 from kvjax.cache.codecs import Calibration, KVQuant
 from kvjax.cache.policies import H2O, TOVA, Full, PyramidInfer, SlidingWindow, SnapKV, StreamingLLM
-from kvjax.cache.selects import Quest
 from kvjax.cache.state import empty_cache
 from kvjax.config import ModelConfig
 from kvjax.errors import CheckpointError, ConfigError, RequestError
@@ -202,6 +201,7 @@ def test_other_kinds_of_attention_equal_the_oracle(variant, policy):
     equal_but_for_one(ours, [result.step_logits for result in results])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [pytest.param({"outliers": 1.0, "first": 0}, marks=SLOW), {"first": 64}], ids=str)
 def test_what_is_kept_apart_whole_is_exact_to_fp16(arguments):
     tokens = np.asarray(ROWS)[:, :12]
@@ -466,8 +466,6 @@ def test_what_cannot_be_is_refused_with_the_reason(tmp_path):
     ):
         with pytest.raises(ConfigError, match=rule):
             KVQuant(**arguments)
-    with pytest.raises(ConfigError, match=r"select=Quest.* keys after RoPE"):
-        CacheConfig(codec=KVQuant(), select=Quest(4))
     with pytest.raises(ConfigError, match=r"packs 8 codes at a time, and this model's vectors have 4"):
         kvjax.plan(ModelConfig(**{**BASE, "head_dim": 4}), CacheConfig(codec=KVQuant()))
     with pytest.raises(ConfigError, match=r"Calibration\(2x2x8, .* is of another model; this one has 3 layers of 1"):

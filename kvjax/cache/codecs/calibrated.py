@@ -21,7 +21,7 @@ def first_tokens(codec: Any) -> int:
     return codec.first if calibrated(codec) else 0
 
 
-def check_calibrated(codec: Any, policy: Any, select: Any = None) -> None:
+def check_calibrated(codec: Any, policy: Any) -> None:
     """Refuses what a calibrated codec cannot serve.
 
     Raises:
@@ -29,12 +29,6 @@ def check_calibrated(codec: Any, policy: Any, select: Any = None) -> None:
     """
     if not calibrated(codec):
         return
-    if select is not None:
-        raise ConfigError(
-            f"CacheConfig.codec={codec!r} cannot go with select={select!r}: what a select remembers of a page are keys "
-            "after RoPE, and this codec's lie there before it; take select=None or a codec that codes rotated keys, "
-            "such as codecs.Int4()"
-        )
     if hasattr(policy, "merge") or hasattr(policy, "decide"):
         raise ConfigError(
             f"CacheConfig.codec={codec!r} cannot go with policy={policy!r}: it blends tokens of several positions, and "

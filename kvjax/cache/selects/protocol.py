@@ -87,7 +87,7 @@ class Select(Protocol):
         ...
 
     def summary(self, keys: jax.Array, values: jax.Array, filled: jax.Array) -> PageState:
-        """What is remembered of pages: keys [..., page, D] and values [..., page, Dv] as stored, rotated -> [..., *].
+        """What is remembered of pages: keys [..., page, D] and values [..., page, Dv] as read, rotated -> [..., *].
 
         filled bool[..., page]: slots of the others may hold anything, NaN too. Under a codec that waits this is asked
         once for a page, when its keys are coded: of all its slots, and of their values as they will be.
