@@ -1,4 +1,4 @@
-"""Entries written one after another are those that a scatter writes, whatever the dtype."""
+"""Entries are written where a scatter writes them, whatever the dtype, and in place where XLA can."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.cache.put import put
+from kvjax.cache.put import copied_on_cpu, put
 
 DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8)
 SHAPE = (7, 3, 2, 4, 5)
@@ -45,10 +45,11 @@ def test_an_entry_is_where_a_scatter_puts_it(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-def test_the_pool_is_written_in_place(dtype):
+def test_the_pool_is_written_in_place_or_copied_once(dtype):
     pool = jax.ShapeDtypeStruct((4096, *SHAPE[1:]), dtype)
     at, values = CASES["tokens of all heads"]
     lowered = jax.jit(lambda pool, values: put(pool, at, values), donate_argnums=0).lower(pool, values)
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes == 4096 * 120 * jnp.dtype(dtype).itemsize
-    assert memory.temp_size_in_bytes < 0.05 * memory.alias_size_in_bytes
+    # One copy, of the dtypes that XLA for CPUs cannot scatter.
+    assert memory.temp_size_in_bytes < (1.05 if copied_on_cpu(jnp.dtype(dtype)) else 0.05) * memory.alias_size_in_bytes
