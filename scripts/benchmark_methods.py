@@ -174,9 +174,8 @@ def speed_of(model: kvjax.Model, cache: CacheConfig, budget: int, arguments: Arg
         state = kvjax.prefill(model, [prompt], cache, room=arguments.context)
         return kvjax.extend(model, state, max_new_tokens=steps)[1]
 
-    states = {"early": begun(), "late": begun()}
+    states, compiles = {"early": begun(), "late": begun()}, 0
     times: dict[str, list[float]] = {"early": [], "late": []}
-    compiles = 0
     left = arguments.context - len(states["late"].tokens[0]) - rounds * steps
     while left > 0:
         _, states["late"] = kvjax.extend(model, states["late"], max_new_tokens=min(left, steps))

@@ -372,3 +372,11 @@ def test_loading_takes_no_more_host_memory_than_the_model_and_its_largest_tensor
     )
     before, peak = map(int, done.stdout.split())
     assert 0.9 * sum(sizes) < peak - before < sum(sizes) + max(sizes) + 64e6
+
+
+def test_a_relative_path_is_as_good_as_another(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(hf)
+    monkeypatch.chdir(tmp_path)
+    for form in ("orbax", "safetensors"):
+        save(model, form, format=form)
+        assert_same_model(load(form), load(tmp_path / form))

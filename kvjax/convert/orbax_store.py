@@ -24,10 +24,17 @@ from kvjax.typing import Params
 
 
 def save_orbax(config: ModelConfig, params: Params, path: Path) -> None:
-    """Writes config and weights into the existing directory `path`; sharded weights are written shard by shard."""
+    """Writes config and weights into the existing directory `path`; sharded weights are written shard by shard.
+
+    Of several processes all must call it; or one alone, with NumPy arrays.
+    """
     config = dataclasses.replace(config, dtype=params["embed"]["embedding"].dtype.name)
     (path / KVJAX_FILE).write_text(config_to_json(config) + "\n", encoding="utf-8")
-    with ocp.StandardCheckpointer() as checkpointer:
+    together, me = ocp.options.MultiprocessingOptions(), jax.process_index()
+    if jax.process_count() > 1 and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+        # Else it would wait for the others.
+        together = ocp.options.MultiprocessingOptions(me, {me}, f"process {me} alone")
+    with ocp.StandardCheckpointer(multiprocessing_options=together) as checkpointer:
         checkpointer.save(path / PARAMS_FOLDER, params)
         checkpointer.wait_until_finished()
 
@@ -48,7 +55,7 @@ def load_orbax(
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {source}: {error}") from error
     config = config_from_json(text, str(source))
-    folder = path / PARAMS_FOLDER
+    folder = path.absolute() / PARAMS_FOLDER  # a relative path means nothing to orbax
     if not folder.is_dir():
         raise CheckpointError(f"{path} has {KVJAX_FILE} but no folder {PARAMS_FOLDER}; copy the whole directory again")
     dtype = dtype or jnp.dtype(config.dtype)

@@ -121,6 +121,7 @@ def load_run(
 
 def _read(folder: Path, placed: Params | None) -> Params:
     """What is stored, as it is; where `placed` says for each weight per layer, or on the default device."""
+    folder = folder.absolute()  # a relative path means nothing to orbax
     try:
         # The handler, not a checkpointer: this is an item of a checkpoint, which has no metadata of its own.
         handler = ocp.StandardCheckpointHandler()

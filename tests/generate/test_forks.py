@@ -279,7 +279,11 @@ def test_forks_and_rollbacks_of_shapes_seen_before_compile_nothing():
 # What cannot be taken back
 
 REFUSED: dict[str, tuple[CacheConfig, Any, str]] = {
-    "weighed": (FORKED[1].values[1], 1, r"sequence 0 .*TOVA\(budget=6\) \(layers 0\) has counted .*at most 0 can"),
+    "weighed": (
+        mixed(config(TOVA(6)), config(SNAP, Int8())),
+        1,
+        r"sequence 0 .*TOVA\(budget=6\) \(layers 0\) has counted .*at most 0 can",
+    ),
     "a full ring": (
         FORKED[0].values[1],
         [0, 0, 1, 0],
