@@ -3,7 +3,8 @@
 python scripts/finetune.py configs/finetune.toml
 
 The run's folder holds the checkpoints, log.jsonl, TensorBoard's events, and at the end loss.png; `kvjax.load` reads it
-like any model. Ctrl-C ends a run after the step at hand, with a checkpoint.
+like any model. Ctrl-C ends a run after the step at hand, with a checkpoint. Several processes share a run where the
+file has a table `[distributed]`: the same command for each, with --process 0, --process 1 and so on.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -29,7 +30,8 @@ from kvjax.errors import ConfigError, KvjaxError
 from kvjax.train import Every, Told, finetune
 from kvjax.train.decode_loss import decode_loss
 from kvjax.train.packing import packed_batches
-from kvjax.train.run_folder import RunFolder
+from kvjax.train.processes import Processes, check_shared, first_measures, stop_signal, whole
+from kvjax.train.run_folder import RunFolder, together
 from kvjax.train.run_toml import RunFile
 from kvjax.train.speed import flops_per_token, share_of_peak
 from kvjax.train.tensorboard import EventFile
@@ -44,24 +46,37 @@ class Arguments:
     """A TOML file like configs/finetune.toml."""
     plot: bool = True
     """--no-plot: draw no loss.png (it needs matplotlib)."""
+    process: int | None = None
+    """Which of several processes this is, from 0; [distributed] has the others' place."""
+    processes: int | None = None
+    """How many there are, instead of what [distributed] says."""
+    coordinator: str | None = None
+    """host:port of the first, instead of what [distributed] says."""
 
 
 def main(arguments: Arguments) -> None:
-    """Trains, tells, saves."""
+    """Trains, tells, saves; of several processes the first alone tells and saves."""
     file = RunFile.from_toml(arguments.config)
-    console = Console(stderr=True)
+    join(file.distributed, arguments)
+    first = jax.process_index() == 0
+    console = Console(stderr=True, quiet=not first)
     settings = {field.name: getattr(file.finetune, field.name) for field in dataclasses.fields(file.finetune)}
     # What is trained is float32 in any case; the result has the dtype that the model is stored in.
     model = kvjax.load(file.model, dtype="auto")
     teacher = None if file.teacher is None else kvjax.load(file.teacher, dtype="auto")
     batches, evaluate = data_of(file, model)
     mesh = None if file.mesh is None else make_mesh(file.mesh)
+    check_shared(mesh)
     metric = "loss" if evaluate is None else "held_out"
     folder = RunFolder(file.run, file.checkpoints.last, file.checkpoints.best, metric)
     every = Every(file.checkpoints.every, file.evaluation.every if file.evaluation else 0)
     devices = 1 if mesh is None else mesh.size
-    with log_of(file.run) as log, bar_of(file.finetune.steps, console) as advance, stop_signal() as stopped:
-        report = teller(log, advance, flops_per_token(model.config, file.data.length), devices)
+    with contextlib.ExitStack() as stack:
+        stopped, report = stack.enter_context(stop_signal()), None
+        if first:
+            log = stack.enter_context(log_of(file.run))
+            advance = stack.enter_context(bar_of(file.finetune.steps, console))
+            report = teller(log, advance, flops_per_token(model.config, file.data.length), devices)
         tuned = finetune(
             model,
             batches,
@@ -70,11 +85,34 @@ def main(arguments: Arguments) -> None:
             mesh=mesh,
             run=folder,
             every=every,
-            evaluate=evaluate,
+            evaluate=None if evaluate is None else first_measures(evaluate),
             report=report,
             stopped=stopped,
         )
-    if arguments.plot:
+    tuned = whole(tuned)
+    if first:
+        finish(file, tuned, arguments.plot, console)
+    # Nobody leaves before the first has saved: it would be told that the others are gone.
+    together("saved")
+
+
+def join(given: Processes | None, arguments: Arguments) -> None:
+    """Joins the other processes of the run, if there are any; the command line comes before the file."""
+    flags = {name: getattr(arguments, name) for name in ("coordinator", "processes", "process")}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if given is None and flags.keys() == {"process"}:
+        raise ConfigError(
+            f"--process {flags['process']} of how many? Give [distributed], or --coordinator and --processes"
+        )
+    if given is not None:
+        dataclasses.replace(given, **flags).join()
+    elif flags:
+        Processes(**flags).join()
+
+
+def finish(file: RunFile, tuned: kvjax.Model, plot: bool, console: Console) -> None:
+    """Draws and saves what there is after the last step, or after one that was cut short."""
+    if plot:
         draw(file.run)
     lines = read_log(file.run)
     if lines and lines[-1]["step"] < file.finetune.steps:
@@ -160,23 +198,6 @@ def bar_of(steps: int, console: Console) -> Iterator[Callable[[int, str], None]]
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("compiling", total=steps)
         yield lambda step, words: bar.update(task, completed=step, description=words)
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yields whether SIGINT or SIGTERM has come since; a second one ends the process as usual."""
-    came: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        came.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def draw(run: Path) -> None:

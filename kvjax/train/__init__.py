@@ -3,6 +3,6 @@
 from kvjax.train.api import finetune
 from kvjax.train.batch import Batch
 from kvjax.train.loop import Every, Told
-from kvjax.train.settings import Distillation, LoRA, Settings
+from kvjax.train.settings import Distillation, DMCSchedule, LoRA, Settings
 
-__all__ = ["Batch", "Distillation", "Every", "LoRA", "Settings", "Told", "finetune"]
+__all__ = ["Batch", "DMCSchedule", "Distillation", "Every", "LoRA", "Settings", "Told", "finetune"]

@@ -24,12 +24,13 @@ from kvjax.models import stack_layers, unstack_layers
 from kvjax.train.attend import training_attend
 from kvjax.train.batch import Batch, as_batch
 from kvjax.train.batches import batches_of, fingerprint
+from kvjax.train.dmc import dmc_stages
 from kvjax.train.loop import Every, Told, run_steps
 from kvjax.train.objective import Objective, Reader, check_teacher, distilled, next_token, reader
 from kvjax.train.run_folder import RunFolder
 from kvjax.train.run_step import Given, RunState, as_dtype, make_run_step, optimizer_of, run_state
 from kvjax.train.settings import Settings
-from kvjax.train.sharding import check_mesh, put_batch, rules_of, state_shardings
+from kvjax.train.sharding import check_mesh, put_batch, put_weights, rules_of, state_shardings
 from kvjax.train.through import through_attend
 from kvjax.train.trainable import split
 from kvjax.typing import Params
@@ -84,11 +85,13 @@ def finetune(
     platform = jax.default_backend() if device_mesh is None else device_mesh.devices.flat[0].platform
     scan = model.config.uniform and (platform != "cpu" if settings.scan is None else settings.scan)
     compute = jnp.dtype(settings.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
-    attend = None
-    if settings.through is not None:
+    stages: tuple[tuple[int, Any], ...] = ((0, None),)
+    if settings.dmc is not None:
+        stages = dmc_stages(model.config, settings.dmc, _backend(device_mesh))
+    elif settings.through is not None:
         attend = through_attend(model, settings.through, _backend(device_mesh))
         # A scan over layers has one body, and so one cache.
-        scan = scan and len(attend.layouts) == 1
+        scan, stages = scan and len(attend.layouts) == 1, ((0, attend),)
     batches = batches_of(tokens, settings.batch_size, settings.seed, model.config.vocab_size)
 
     trained, frozen = split(_placed(model, device_mesh, scan), settings.trainable, settings.seed)
@@ -99,9 +102,13 @@ def finetune(
         trained = jax.device_put(trained, shardings.params)
     start = jax.jit(lambda trained: run_state(trained, optimizer, settings.seed), out_shardings=shardings)
     state = start(trained)
-    objective, taught = _objective(model.config, settings, attend, teacher, device_mesh, scan, compute)
+    taught = None if teacher is None else _taught(model.config, settings, teacher, device_mesh, scan, compute)
     given = Given(frozen, taught)
-    step = make_run_step(objective, settings, compute, shardings)
+    objectives = (_objective(model.config, settings, attend, teacher, device_mesh, scan) for _, attend in stages)
+    made = [make_run_step(objective, settings, compute, shardings) for objective in objectives]
+
+    def step_at(index: int) -> Any:
+        return made[sum(first <= index for first, _ in stages) - 1]
 
     def finished(state: RunState, dtype: Any) -> Model:
         params = joined(frozen, state.params, settings.scale)
@@ -120,7 +127,7 @@ def finetune(
                     state = resumed.state
                     batches.set_state(resumed.data)
         state = run_steps(
-            step,
+            step_at,
             state,
             given,
             batches,
@@ -159,9 +166,8 @@ def _objective(
     teacher: Model | None,
     mesh: Mesh | None,
     scan: bool,
-    compute: Any,
-) -> tuple[Objective, Params | None]:
-    """What is lowered, and the teacher's weights. attend: the student's; None: the quickest."""
+) -> Objective:
+    """What is lowered. attend: the student's, or its `Reading`; None: the quickest."""
 
     def read(config: ModelConfig, attend: Any, scan: bool, remat: bool) -> Reader:
         attend = training_attend(config, backend=_backend(mesh)) if attend is None else attend
@@ -170,12 +176,17 @@ def _objective(
 
     student = read(config, attend, scan, settings.remat)
     if teacher is None:
-        return next_token(student), None
+        return next_token(student)
+    return distilled(student, read(teacher.config, None, scan and teacher.config.uniform, False), settings.distillation)
+
+
+def _taught(
+    config: ModelConfig, settings: Settings, teacher: Model, mesh: Mesh | None, scan: bool, compute: Any
+) -> Params:
+    """The teacher's weights, as they are computed with."""
     _check_model(teacher.config, "teacher")
     check_teacher(config, teacher.config, settings.distillation)
-    scanned = scan and teacher.config.uniform
-    taught = as_dtype(_placed(teacher, mesh, scanned), compute)
-    return distilled(student, read(teacher.config, None, scanned, False), settings.distillation), taught
+    return as_dtype(_placed(teacher, mesh, scan and teacher.config.uniform), compute)
 
 
 def _backend(mesh: Mesh | None) -> str | None:
@@ -188,7 +199,7 @@ def _placed(model: Model, mesh: Mesh | None, scan: bool) -> Params:
     params = stack_layers(model.params) if scan else model.params
     if mesh is None:
         return params
-    return jax.device_put(params, parameter_shardings(model.config, mesh, rules_of(mesh), scan))
+    return put_weights(params, parameter_shardings(model.config, mesh, rules_of(mesh), scan))
 
 
 def _identity(settings: Settings, scan: bool, base: Model | None, teacher: Model | None) -> dict[str, Any]:

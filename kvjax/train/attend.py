@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,32 @@ class Segments(NamedTuple):
     """What stands for the cache where rows are packed: `ids` int32[B, T], tokens of equal ids are one document."""
 
     ids: jax.Array
+
+
+class Asked(NamedTuple):
+    """What an attention asks of a model beside the text: float32[] that is added to the loss, and numbers to tell."""
+
+    loss: jax.Array
+    told: dict[str, jax.Array]
+
+
+class Reading(NamedTuple):
+    """An attention for training, and what stands for its cache.
+
+    Attributes:
+      attend: as a `Decoder` takes it.
+      carry: (segments int32[B, T] or None, a step's random key, its number) -> what stands for the cache.
+      asks: (that, after all layers; the step's number) -> `Asked`; None: it asks for nothing.
+    """
+
+    attend: Any
+    carry: Callable[[jax.Array | None, jax.Array | None, jax.Array | int], Any]
+    asks: Callable[[Any, jax.Array | int], Asked] | None = None
+
+
+def reading(attend: Any) -> Reading:
+    """With an attention that takes `Segments`, or None where each row is one document."""
+    return Reading(attend, lambda ids, key, step: None if ids is None else Segments(ids))
 
 
 def training_attend(config: ModelConfig, accelerator: bool | None = None, backend: str | None = None) -> Any:

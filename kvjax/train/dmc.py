@@ -3,7 +3,8 @@
 In two stages. First the two channels that will decide and weigh are faded out of attention (`fading`, `fade_at`), so
 that the model no longer needs them. Then they do decide, in a relaxed way (`relaxed`), under a loss that asks for more
 merging until a ratio is reached that itself rises from 1 (`dmc_loss`, `ratio_at`). The result is a model like any
-other, for `kvjax.policies.DMC()`. All here are pure functions and static objects, for any training loop.
+other, for `kvjax.policies.DMC()`. All here are pure functions and static objects, for any training loop;
+`kvjax.train.finetune` does both stages as a `DMCSchedule` says (`dmc_stages`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from kvjax.config import ModelConfig
 from kvjax.errors import ConfigError
 from kvjax.generate.state import check_deciding, check_turning
 from kvjax.models import Decoder
+from kvjax.train.attend import Asked, PackedAttend, Reading, Segments
 from kvjax.train.loss import next_token_loss
+from kvjax.train.settings import DMCSchedule
 from kvjax.typing import Params, Rotate, Scoring
 from pallas_kernels.softmax import heads_last, scores, weighted
 
@@ -123,25 +126,63 @@ def fading(config: ModelConfig, *, scan: bool = True) -> Callable[[Params, jax.A
       ConfigError: a model that DMC cannot serve.
     """
     _check(config)
-    module = Decoder(config, FadingAttend(config.cache_windows), scan=scan and config.uniform)
+    module = Decoder(config, FadingAttend(config.cache_windows, None), scan=scan and config.uniform)
 
     def logits(params: Params, tokens: jax.Array, factor: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = module.apply({"params": params}, tokens, positions, factor)
+        hidden, _ = module.apply({"params": params}, tokens, positions, Fading(factor))
         result: Any = module.apply({"params": params}, hidden, method="logits")
         return result
 
     return logits
 
 
+def dmc_stages(
+    config: ModelConfig, schedule: DMCSchedule, backend: str | None = None
+) -> tuple[tuple[int, Reading], ...]:
+    """(first step, how it reads) of each stage of a schedule.
+
+    Args:
+      backend: which kernel the first stage takes; None: the best that can serve.
+
+    Raises:
+      ConfigError: a model that DMC cannot serve.
+    """
+    merges = DMCAttend.of(config, schedule.span, schedule.temperature)
+
+    def fade(ids: jax.Array | None, key: jax.Array | None, step: jax.Array | int) -> Fading:
+        return Fading(fade_at(step, schedule.fade_steps), ids)
+
+    def asks(joining: Joining, step: jax.Array | int) -> Asked:
+        ratio = ratio_at(jnp.asarray(step) - schedule.fade_steps, schedule.ramp_steps, schedule.ratio)
+        missing = merging_loss(joining.share, ratio)
+        return Asked(missing, {"merging": missing, "share": joining.share})
+
+    first = (0, Reading(FadingAttend(config.cache_windows, backend), fade))
+    second = (schedule.fade_steps, Reading(merges, lambda ids, key, step: Joining(key, ids=ids), asks))
+    return (first, second) if schedule.fade_steps else (second,)
+
+
 # Attention
 
 
+class Fading(NamedTuple):
+    """What stands for the cache in the first stage.
+
+    Attributes:
+      factor: float32[], what the two channels are multiplied by.
+      ids: int32[B, T], tokens of equal ids are one document; None: each row is one.
+    """
+
+    factor: jax.Array
+    ids: jax.Array | None = None
+
+
 @dataclasses.dataclass(frozen=True)
-class FadingAttend(DenseAttend):
+class FadingAttend(PackedAttend):
     """Plain attention without a cache, the last channel of queries and keys faded before RoPE.
 
-    What stands for the cache is the factor, float32[].
+    What stands for the cache is a `Fading`.
     """
 
     def __call__(
@@ -157,9 +198,10 @@ class FadingAttend(DenseAttend):
         scoring: Scoring = Scoring(),
         write: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], positions int32[B,T] -> out [B,T,H,Dv], the factor."""
-        q, k = (x.at[..., -1].multiply(cache.astype(x.dtype)) for x in (q, k))
-        return super().__call__(cache, layer, q, k, v, positions, rotate, scoring=scoring, write=write)
+        """q [B,T,H,D], k [B,T,K,D], v [B,T,K,Dv], positions int32[B,T] -> out [B,T,H,Dv], the `Fading`."""
+        q, k = (x.at[..., -1].multiply(cache.factor.astype(x.dtype)) for x in (q, k))
+        among = None if cache.ids is None else Segments(cache.ids)
+        return super().__call__(among, layer, q, k, v, positions, rotate, scoring=scoring, write=write)[0], cache
 
 
 @jax.tree_util.register_dataclass
@@ -170,11 +212,13 @@ class Joining:
     Attributes:
       key: a random key for the noise on decisions; None: no noise.
       joined, count: float32[], the sum of all decisions so far, and how many they are.
+      ids: int32[B, T], tokens of equal ids are one document, 0 is padding; None: each row is one.
     """
 
     key: jax.Array | None
     joined: jax.Array | float = 0.0
     count: jax.Array | float = 0.0
+    ids: jax.Array | None = None
 
     @property
     def share(self) -> jax.Array:
@@ -185,6 +229,8 @@ class Joining:
 @dataclasses.dataclass(frozen=True)
 class DMCAttend(DenseAttend):
     """Causal attention over whole rows (positions 0, 1, ...; -1 only behind them) as `policies.DMC()` will make it.
+
+    Documents in one row stay apart: none sees another, and a document's first token joins nothing.
 
     Every token keeps an entry of its own, the blend as of that token, and what will be overwritten is hidden from
     later queries: the more the next token joins it, the more. Decisions are Gumbel-sigmoid samples (Jang et al. 2017,
@@ -224,7 +270,7 @@ class DMCAttend(DenseAttend):
     def begin(self, cache: Joining, tokens: jax.Array, positions: jax.Array) -> Joining:
         """Nothing has been decided."""
         zero = jnp.zeros((), jnp.float32)
-        return Joining(cache.key, zero, zero)
+        return dataclasses.replace(cache, joined=zero, count=zero)
 
     def __call__(
         self,
@@ -249,9 +295,11 @@ class DMCAttend(DenseAttend):
             values = partial_means(v, alpha, decision.weight, self.span)
         # The next token's, and nothing for the last one.
         hides = jnp.pad(stays[:, 1:], ((0, 0), (0, 1), (0, 0)))
-        out = self._attended(rotate(decision.q, positions), rotate(merged, positions), values, hides, layer, scoring)
-        count = jnp.sum(positions >= 0).astype(jnp.float32) * k.shape[2]
-        return out, Joining(cache.key, cache.joined + jnp.sum(alpha), cache.count + count)
+        turned = rotate(decision.q, positions), rotate(merged, positions)
+        out = self._attended(*turned, values, hides, cache.ids, layer, scoring)
+        real = positions >= 0 if cache.ids is None else (positions >= 0) & (cache.ids != 0)
+        count = jnp.sum(real).astype(jnp.float32) * k.shape[2]
+        return out, dataclasses.replace(cache, joined=cache.joined + jnp.sum(alpha), count=cache.count + count)
 
     def _decisions(self, cache: Joining, layer: Any, k: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """alpha and log(1 - alpha), float32[B, T, K]."""
@@ -260,10 +308,20 @@ class DMCAttend(DenseAttend):
             # The difference of two Gumbel variables is logistic.
             gate = gate + jax.random.logistic(jax.random.fold_in(cache.key, layer), gate.shape)
         gate, free = gate / self.temperature, (positions > 0)[..., None]
+        if cache.ids is not None:
+            before = jnp.pad(cache.ids[:, :-1], ((0, 0), (1, 0)))
+            free = free & ((cache.ids == before) & (cache.ids != 0))[..., None]
         return jnp.where(free, jax.nn.sigmoid(gate), 0.0), jnp.where(free, jax.nn.log_sigmoid(-gate), 0.0)
 
     def _attended(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, hides: jax.Array, layer: Any, scoring: Scoring
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        hides: jax.Array,
+        ids: jax.Array | None,
+        layer: Any,
+        scoring: Scoring,
     ) -> jax.Array:
         """q [B,T,H,D] over k, v [B,T,K,*], hides float32[B,T,K] added to scores of later queries -> [B,T,H,Dv]."""
         keys, values, hides = (jnp.swapaxes(x, 1, 2) for x in (k, v, hides))
@@ -275,6 +333,8 @@ class DMCAttend(DenseAttend):
             score = score + jnp.where(distance > 0, hides[:, :, None, None, :end], 0.0)
             sees = distance >= 0
             sees = sees if window is None else sees & (distance < window)
+            if ids is not None:
+                sees = (sees & (ids[:, start:end, None] == ids[:, None, :end]))[:, None, None]
             score = jnp.where(sees, score, FAR)
             if scoring.sinks is not None:
                 column = scoring.sinks.astype(jnp.float32).reshape(1, keys.shape[1], -1, 1, 1)

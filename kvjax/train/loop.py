@@ -38,7 +38,7 @@ class Every(NamedTuple):
 
 
 def run_steps(
-    step: Callable[[RunState, Given, Batch], tuple[RunState, dict[str, jax.Array]]],
+    step_at: Callable[[int], Callable[[RunState, Given, Batch], tuple[RunState, dict[str, jax.Array]]]],
     state: RunState,
     given: Given,
     batches: Batches,
@@ -54,6 +54,7 @@ def run_steps(
     """Takes the steps that are left of `steps`.
 
     Args:
+      step_at: what is done as step 0, 1, ... of the run, as `make_run_step` makes it.
       place: checks a batch and puts it on the device. folder: where checkpoints go; None: nowhere.
       evaluate: measures a state; its numbers are told, and may choose the best checkpoint.
       stopped: asked after each step; True ends the run early, with a checkpoint.
@@ -82,7 +83,7 @@ def run_steps(
 
     for index in range(first, steps):
         batch = place(take(batches, index))
-        state, arrays = step(state, given, batch)
+        state, arrays = step_at(index)(state, given, batch)
         if waiting is not None:
             tell()
         waiting = (index + 1, arrays, batch.tokens.size)

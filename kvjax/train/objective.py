@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from kvjax.config import ModelConfig
 from kvjax.errors import ConfigError
 from kvjax.models import HIDDEN_STATES, Decoder
-from kvjax.train.attend import Segments, training_attend
+from kvjax.train.attend import Asked, Reading, reading, training_attend
 from kvjax.train.batch import Batch, counted
 from kvjax.train.loss import token_losses
 from kvjax.train.settings import Distillation
 from kvjax.typing import Params
 
-Objective = Callable[[Params, Params | None, Batch, jax.Array], dict[str, jax.Array]]
-"""`(params, teacher's params, batch, key) -> sums over counted tokens`, float32[] each; "loss" is the one lowered.
+Objective = Callable[..., dict[str, jax.Array]]
+"""`(params, teacher's params, batch, key, step) -> sums over counted tokens`, float32[] each; "loss" is lowered.
 
-The key is for objectives that draw.
+The key is for objectives that draw, the step's number (0 if left out) for those that change as training goes on.
 """
 
 
@@ -30,14 +30,17 @@ class ReadOut(NamedTuple):
     Attributes:
       logits: float32[B, T, V]. hidden: [B, T, hidden], final and normalised.
       layers: [L, B, T, hidden], what each layer gives; None where nobody asked.
+      asked: what the attention asks for beside the text; None: nothing.
     """
 
     logits: jax.Array
     hidden: jax.Array
     layers: jax.Array | None = None
+    asked: Asked | None = None
 
 
-Reader = Callable[[Params, Batch], ReadOut]
+Reader = Callable[..., ReadOut]
+"""`(params, batch, key, step)`, the last two as an `Objective` has them; most read alike without."""
 
 
 def reader(
@@ -46,24 +49,26 @@ def reader(
     """`read(params, batch)`, without a cache.
 
     Args:
-      attend: None: the quickest. layers: what each layer gives is wanted too.
+      attend: an attention that takes `Segments`, or a `Reading`; None: the quickest. layers: what each layer gives is
+        wanted too.
     """
     attend = training_attend(config) if attend is None else attend
-    module = Decoder(config, attend, scan=scan and config.uniform, remat=remat)
+    way = attend if isinstance(attend, Reading) else reading(attend)
+    module = Decoder(config, way.attend, scan=scan and config.uniform, remat=remat)
 
-    def read(params: Params, batch: Batch) -> ReadOut:
+    def read(params: Params, batch: Batch, key: jax.Array | None = None, step: jax.Array | int = 0) -> ReadOut:
         positions = batch.positions
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32), batch.tokens.shape)
-        segments = None if batch.segments is None else Segments(batch.segments)
-        given, states = ({"params": params}, batch.tokens, positions, segments), None
+        carried = way.carry(batch.segments, key, step)
+        given, states = ({"params": params}, batch.tokens, positions, carried), None
         if layers:
-            (hidden, _), noted = module.apply(*given, mutable=[HIDDEN_STATES])
+            (hidden, carried), noted = module.apply(*given, mutable=[HIDDEN_STATES])
             states = _by_layer(noted[HIDDEN_STATES])
         else:
-            hidden, _ = module.apply(*given)
+            hidden, carried = module.apply(*given)
         logits: Any = module.apply({"params": params}, hidden, method="logits")
-        return ReadOut(logits, hidden, states)
+        return ReadOut(logits, hidden, states, None if way.asks is None else way.asks(carried, step))
 
     return read
 
@@ -79,18 +84,35 @@ def _by_layer(noted: Any) -> jax.Array:
 def next_token(read: Reader) -> Objective:
     """Cross-entropy of the next token, nats."""
 
-    def objective(params: Params, teacher: Params | None, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        return {"loss": jnp.sum(token_losses(read(params, batch).logits, batch.tokens) * counted(batch))}
+    def objective(
+        params: Params, teacher: Params | None, batch: Batch, key: jax.Array, step: jax.Array | int = 0
+    ) -> dict[str, jax.Array]:
+        given, counts = read(params, batch, key, step), counted(batch)
+        loss = jnp.sum(token_losses(given.logits, batch.tokens) * counts)
+        if given.asked is None:
+            return {"loss": loss}
+        return _with_asked({"loss": loss, "next_token": loss}, given.asked, counts)
 
     return objective
+
+
+def _with_asked(sums: dict[str, jax.Array], asked: Asked | None, counts: jax.Array) -> dict[str, jax.Array]:
+    """What is asked for beside the text is asked once for every token that counts."""
+    if asked is None:
+        return sums
+    total = jnp.sum(counts)
+    told = {name: number * total for name, number in asked.told.items()}
+    return {**sums, "loss": sums["loss"] + asked.loss * total, **told}
 
 
 def distilled(read: Reader, read_teacher: Reader, weights: Distillation) -> Objective:
     """The weighted sum of `Distillation`, and its parts."""
 
-    def objective(params: Params, teacher: Params | None, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    def objective(
+        params: Params, teacher: Params | None, batch: Batch, key: jax.Array, step: jax.Array | int = 0
+    ) -> dict[str, jax.Array]:
         assert teacher is not None
-        given = read(params, batch)
+        given = read(params, batch, key, step)
         wanted = jax.lax.stop_gradient(read_teacher(teacher, batch))
         counts = counted(batch)
         parts = {"next_token": jnp.sum(token_losses(given.logits, batch.tokens) * counts)}
@@ -107,7 +129,7 @@ def distilled(read: Reader, read_teacher: Reader, weights: Distillation) -> Obje
             apart = jnp.mean(apart, axis=0)
             parts["layers"] = jnp.sum(apart[:, :-1] * counts)
             loss += weights.layers * parts["layers"]
-        return {"loss": loss, **parts}
+        return _with_asked({"loss": loss, **parts}, given.asked, counts)
 
     return objective
 

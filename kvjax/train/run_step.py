@@ -86,7 +86,7 @@ def make_run_step(
 
         def part_loss(trained: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             params = computed(trained, given.frozen, settings.scale, dtype)
-            sums = objective(params, given.teacher, part, key)
+            sums = objective(params, given.teacher, part, key, state.step)
             told = jax.tree.map(lambda x: x / total, sums)
             return told["loss"], told
 

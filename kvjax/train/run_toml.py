@@ -10,7 +10,8 @@ from kvjax.cache.config import CacheConfig
 from kvjax.cache.named import method_named
 from kvjax.config import MeshConfig, build, read_toml
 from kvjax.errors import ConfigError
-from kvjax.train.settings import Distillation, LoRA, Settings
+from kvjax.train.processes import Processes
+from kvjax.train.settings import Distillation, DMCSchedule, LoRA, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,8 @@ class RunFile:
       model: the directory of the model to start from. teacher: of the one to learn from, or None. out: where the result
         goes. run: checkpoints and logs. All relative to the TOML file.
       finetune: the `[finetune]` table, whose `trainable` may be a table of `LoRA`'s fields; `[distillation]` is its
-        `distillation`, and `[through]`, as `CacheConfig.from_dict` takes it, its `through`. mesh: the `[mesh]`
-        table, or None: one device.
+        `distillation`, `[through]`, as `CacheConfig.from_dict` takes it, its `through`, and `[dmc]` its `dmc`.
+      mesh: the `[mesh]` table, or None: one device. distributed: the processes that share the run, or None: this alone.
     """
 
     folder: Path
@@ -104,6 +105,7 @@ class RunFile:
     evaluation: Evaluation | None = None
     checkpoints: Checkpoints = Checkpoints()
     mesh: MeshConfig | None = None
+    distributed: Processes | None = None
 
     @classmethod
     def from_toml(cls, path: str | Path) -> RunFile:
@@ -113,8 +115,13 @@ class RunFile:
           ConfigError: the file or a value of it means nothing.
         """
         table, source = read_toml(path), str(path)
-        tables: dict[str, Any] = {"data": Data, "evaluation": Evaluation, "checkpoints": Checkpoints}
-        allowed = ("model", "teacher", "out", "run", "finetune", "distillation", "through", "mesh", *tables)
+        tables: dict[str, Any] = {
+            "data": Data,
+            "evaluation": Evaluation,
+            "checkpoints": Checkpoints,
+            "distributed": Processes,
+        }
+        allowed = ("model", "teacher", "out", "run", "finetune", "distillation", "through", "dmc", "mesh", *tables)
         unknown = sorted(set(table) - set(allowed))
         if unknown:
             raise ConfigError(f"{source}: unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")
@@ -155,5 +162,7 @@ def _settings(table: dict[str, Any], source: str) -> Settings:
         given["distillation"] = build(Distillation, table["distillation"], f"{source}, [distillation]")
     if "through" in table:
         given["through"] = CacheConfig.from_dict(table["through"], f"{source}, [through]")
+    if "dmc" in table:
+        given["dmc"] = build(DMCSchedule, table["dmc"], f"{source}, [dmc]")
     settings: Settings = build(Settings, given, f"{source}, [finetune]")
     return settings

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from kvjax.cache.codecs import Dense
 from kvjax.cache.config import CacheConfig
+from kvjax.cache.policies.optional import decides
 from kvjax.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
@@ -70,6 +72,35 @@ class Distillation:
 
 
 @dataclasses.dataclass(frozen=True)
+class DMCSchedule:
+    """How a model learns to merge what it caches (Nawrot et al. 2024, 2403.09636, section 3): see `kvjax.train.dmc`.
+
+    Attributes:
+      ratio: tokens per entry that are asked for in the end.
+      fade_steps: the first steps, in which the two channels that will decide and weigh fade out of attention.
+      ramp_steps: the steps behind these, in which what is asked for rises from 1 to `ratio`; the rest is taken at it.
+      span: tokens of a blend at most, while training. temperature: of decisions, while training.
+    """
+
+    ratio: float
+    fade_steps: int
+    ramp_steps: int
+    span: int = 12
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.ratio >= 1:
+            raise ConfigError(f"DMCSchedule.ratio must be at least 1 (2: half the entries), got {self.ratio!r}")
+        for name, least in (("fade_steps", 0), ("ramp_steps", 1), ("span", 1)):
+            if not _whole(getattr(self, name), least):
+                raise ConfigError(
+                    f"DMCSchedule.{name} must be an integer of at least {least}, got {getattr(self, name)!r}"
+                )
+        if not self.temperature > 0:
+            raise ConfigError(f"DMCSchedule.temperature must be above 0, got {self.temperature!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """How a model is fine-tuned.
 
@@ -86,6 +117,7 @@ class Settings:
       distillation: what counts where a teacher is given.
       through: the cache that the model is to be served with: attention in training sees what it will hold
         (`kvjax.train.through`), a teacher everything. None: everything.
+      dmc: with `through=CacheConfig(policy=DMC())`: how merging is learnt.
     """
 
     steps: int
@@ -103,6 +135,7 @@ class Settings:
     trainable: Literal["all", "attention"] | LoRA = "all"
     distillation: Distillation = Distillation()
     through: CacheConfig | None = None
+    dmc: DMCSchedule | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
@@ -129,6 +162,35 @@ class Settings:
             raise ConfigError(f"distillation must be a Distillation, got {self.distillation!r}")
         if not isinstance(self.through, CacheConfig | None):
             raise ConfigError(f"through must be None or a CacheConfig, got {self.through!r}")
+        self._check_dmc()
+
+    def _check_dmc(self) -> None:
+        through, dmc = self.through, self.dmc
+        if not isinstance(dmc, DMCSchedule | None):
+            raise ConfigError(f"dmc must be None or a DMCSchedule, got {dmc!r}")
+        merges = through is not None and decides(through.policy)
+        if dmc is None:
+            if merges:
+                raise ConfigError(
+                    "through.policy=DMC() is learnt under a loss of its own: give dmc=DMCSchedule(ratio, fade_steps, "
+                    "ramp_steps)"
+                )
+            return
+        if not merges:
+            raise ConfigError(
+                f"dmc says how to learn merging: it needs through=CacheConfig(policy=DMC()), got {through!r}"
+            )
+        assert through is not None
+        if through.codec != Dense() or through.select is not None or through.overrides:
+            raise ConfigError(
+                f"DMC is learnt in all layers and in the dtype of keys and values: with dmc, through takes no codec, "
+                f"select or overrides, got {through!r}; all but overrides may join when the model is served"
+            )
+        if dmc.fade_steps + dmc.ramp_steps > self.steps:
+            raise ConfigError(
+                f"dmc.fade_steps and ramp_steps must fit into steps ({self.steps}), got {dmc.fade_steps} and "
+                f"{dmc.ramp_steps}"
+            )
 
     @property
     def warmup_steps(self) -> int:

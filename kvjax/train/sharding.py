@@ -94,3 +94,16 @@ def put_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     axes = tuple(name for name in ROW_AXES if name in mesh.axis_names)
     sharding = NamedSharding(mesh, PartitionSpec(axes or None))
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
+
+
+def put_weights(params: Params, shardings: Params) -> Params:
+    """Weights where training wants them; every process has all of them, or its share of another mesh."""
+
+    def put(leaf: jax.Array, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return jax.device_put(leaf, where)
+        # From a device of one process to those of all: by way of the host, and no further than each process's share.
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    return jax.tree.map(put, params, shardings)

@@ -247,8 +247,8 @@ def _check(layout: GroupLayout) -> None:
     policy, codec = layout.policy, layout.codec
     if decides(policy):
         raise ConfigError(
-            f"through.policy={policy!r} learns what to merge under a loss of its own: kvjax.train.dmc has it; take "
-            "policies.Full() here"
+            f"through.policy={policy!r} is learnt in all layers or in none, under a loss of its own: give it without "
+            "overrides, and dmc=DMCSchedule(ratio, fade_steps, ramp_steps)"
         )
     if not isinstance(policy, Full | StreamingLLM):
         raise ConfigError(

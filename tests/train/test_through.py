@@ -203,7 +203,8 @@ def test_gradients_through_sinks_are_finite_where_a_part_sees_nothing(model, pol
 @pytest.mark.parametrize(
     "cache, match",
     [
-        (CacheConfig(policy=policies.DMC()), r"loss of its own: kvjax\.train\.dmc"),
+        (CacheConfig(policy=policies.DMC()), r"loss of its own: give dmc=DMCSchedule"),
+        (CacheConfig(overrides=(((1,), CacheConfig(policy=policies.DMC())),)), "in all layers or in none"),
         (CacheConfig(policy=policies.H2O(4, 4)), "keeps or merges tokens by more than their positions"),
         (CacheConfig(policy=policies.TOVA(8)), "take Full, SlidingWindow, StreamingLLM or LMInfinite"),
         (CacheConfig(select=selects.Quest(2, dense_layers=0)), r"through\.select=Quest.*take None"),
