@@ -27,7 +27,7 @@ def put(pool: jax.Array, at: Index, values: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         pool,
         values,
-        cpu=lambda pool, values: _of_bits(_scattered(_bits(pool), at, _bits(values)), pool.dtype),
+        cpu=lambda pool, values: _scattered(_bits(pool), at, _bits(values)).view(pool.dtype),
         default=lambda pool, values: _scattered(pool, at, values),
     )
 
@@ -42,8 +42,4 @@ def _scattered(pool: jax.Array, at: Index, values: jax.Array) -> jax.Array:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint8 if x.dtype.itemsize == 1 else jnp.uint16)
-
-
-def _of_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, dtype)
+    return x.view(jnp.uint8 if x.dtype.itemsize == 1 else jnp.uint16)

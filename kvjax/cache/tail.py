@@ -108,7 +108,7 @@ def put_prompt(group: Group, index: int | jax.Array, slots: jax.Array, k: jax.Ar
     page = page_of(pages, (pages + 1) * size <= keys_coded[..., None])
     codes = codec.code_keys(keys.reshape(*keys.shape[:2], -1, size, keys.shape[-1]))
     where = (page, layer, head[:, None])
-    new_k = jax.tree.map(lambda pool, leaf: pool.at[where].set(leaf, mode="drop"), group.k, codes)
+    new_k = jax.tree.map(lambda pool, leaf: put(pool, where, leaf), group.k, codes)
     tail, new_v, state = {"k": ring(group.tail["k"], keys)}, None, group.page_state
     values = None if v is None else by_slot(v)
     if layout.select is not None:
@@ -119,9 +119,7 @@ def put_prompt(group: Group, index: int | jax.Array, slots: jax.Array, k: jax.Ar
         slot = jnp.arange(width)
         page = page_of(slot // size, slot < values_coded[..., None])
         there = (page, layer, head[:, None], slot % size)
-        new_v = jax.tree.map(
-            lambda pool, leaf: pool.at[there].set(leaf, mode="drop"), group.v, codec.code_values(values)
-        )
+        new_v = jax.tree.map(lambda pool, leaf: put(pool, there, leaf), group.v, codec.code_values(values))
         tail["v"] = ring(group.tail["v"], values)
     return dataclasses.replace(group, k=new_k, v=new_v, tail=tail, page_state=state)
 
@@ -173,7 +171,7 @@ def settled(group: Group, active: jax.Array, order: jax.Array | int) -> Group:
     codes = jax.lax.cond(jnp.any(due), code, lambda: nothing)
     page = page_of(starts // size, due[..., None], row[..., None], batch[..., None])
     where = (page, place[..., None], within[:, None])
-    new_k = jax.tree.map(lambda pool, leaf: pool.at[where].set(leaf, mode="drop"), group.k, codes)
+    new_k = jax.tree.map(lambda pool, leaf: put(pool, where, leaf), group.k, codes)
 
     def remember(index: jax.Array, state: PageState) -> PageState:
         """What the select remembers of the pages coded now, of one layer."""
@@ -196,7 +194,7 @@ def settled(group: Group, active: jax.Array, order: jax.Array | int) -> Group:
     value = codec.code_values(group.tail["v"][layer, batch, slot % codec.ring, head])
     page = page_of(slot // size, (slot >= 0) & active[:, None], row, batch)
     there = (page, place, within, jnp.maximum(slot, 0) % size)
-    new_v = jax.tree.map(lambda pool, leaf: pool.at[there].set(leaf, mode="drop"), group.v, value)
+    new_v = jax.tree.map(lambda pool, leaf: put(pool, there, leaf), group.v, value)
     return dataclasses.replace(group, k=new_k, v=new_v)
 
 

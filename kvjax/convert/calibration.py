@@ -49,21 +49,15 @@ class Sums:
 
 
 @dataclasses.dataclass(frozen=True)
-class Collect:
+class Collect(DenseAttend):
     """The `attend` of calibration: plain causal attention, which adds up products of the keys and values it is given.
 
     Attributes:
-      dense: what attends.
       groups: heads are taken together in so many groups, keys after RoPE; None: all together, keys before RoPE, and
         values beside them.
     """
 
-    dense: DenseAttend
-    groups: int | None
-
-    def begin(self, cache: Sums, tokens: jax.Array, positions: jax.Array) -> Sums:
-        """Nothing to prepare."""
-        return cache
+    groups: int | None = dataclasses.field(kw_only=True)
 
     def __call__(
         self,
@@ -76,6 +70,7 @@ class Collect:
         rotate: Rotate,
         *,
         scoring: Scoring = Scoring(),
+        write: bool = True,
     ) -> tuple[jax.Array, Sums]:
         """As `DenseAttend`."""
         assert v is not None
@@ -85,12 +80,8 @@ class Collect:
             sums = _outer(both, 1), None
         else:
             sums = _outer(rotate(k, positions), self.groups), _outer(v, self.groups)
-        out, _ = self.dense(None, layer, q, k, v, positions, rotate, scoring=scoring)
+        out, _ = super().__call__(cache, layer, q, k, v, positions, rotate, scoring=scoring)
         return out, Sums({**cache.of_layer, layer: sums})
-
-    def end(self, cache: Sums) -> Sums:
-        """Nothing to finish."""
-        return cache
 
 
 def _outer(x: jax.Array, groups: int) -> jax.Array:
@@ -132,7 +123,7 @@ def _of_text(model: Model, tokens: np.ndarray, groups: int | None) -> list[Momen
 
 @functools.partial(jax.jit, static_argnames=("config", "groups"))
 def _collect(params: Params, tokens: jax.Array, *, config: ModelConfig, groups: int | None) -> Sums:
-    attend: Any = Collect(DenseAttend(config.cache_windows), groups)
+    attend: Any = Collect(config.cache_windows, groups=groups)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     decoder: Any = Decoder(config, attend)
     sums: Sums = decoder.apply({"params": params}, tokens, positions, Sums())[1]

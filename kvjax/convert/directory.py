@@ -78,13 +78,22 @@ def replaced(path: Path, check: Callable[[Path], None] | None = None) -> Iterato
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(path: Path) -> None:
-    """Only nothing, an empty directory, or a directory of checkpoint files alone may be replaced."""
+def names_in(path: Path) -> list[str]:
+    """What lies in a directory that is to be saved into; nothing if there is none yet.
+
+    Raises:
+      CheckpointError: it is a file.
+    """
     if not path.exists():
-        return
+        return []
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the path of a directory to save into")
-    names = sorted(entry.name for entry in path.iterdir())
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def _check_replaceable(path: Path) -> None:
+    """Only nothing, an empty directory, or a directory of checkpoint files alone may be replaced."""
+    names = names_in(path)
     if not names:
         return
     ours = KVJAX_FILE in names

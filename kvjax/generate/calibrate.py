@@ -51,20 +51,15 @@ class Carry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Observe:
+class Observe(DenseAttend):
     """The `attend` of calibration: plain causal attention, which notes what it is given.
 
     Attributes:
-      dense: what attends. value_dim: of a key that holds its value, how many columns are that.
+      value_dim: of a key that holds its value, how many columns are that.
     """
 
-    dense: DenseAttend
-    value_dim: int
+    value_dim: int = dataclasses.field(kw_only=True)
     latent: ClassVar[bool] = True
-
-    def begin(self, cache: Carry, tokens: jax.Array, positions: jax.Array) -> Carry:
-        """Nothing to prepare."""
-        return cache
 
     def __call__(
         self,
@@ -85,32 +80,13 @@ class Observe:
         # A layer that reads another's is nudged as that one is: the loss minds all that read it.
         k = k + cache.nudge.k[layer][None].astype(k.dtype)
         v = k[..., : self.value_dim] if v is None else v + cache.nudge.v[layer][None].astype(v.dtype)
-        out, _ = self.dense(None, layer, q, k, v, positions, rotate, scoring=scoring)
-        return out, cache
+        return super().__call__(cache, layer, q, k, v, positions, rotate, scoring=scoring)
 
     def put(
         self, cache: Carry, layer: int, k: jax.Array, v: jax.Array | None, positions: jax.Array, rotate: Rotate
     ) -> Carry:
         """Notes keys and values that other layers will read."""
         return dataclasses.replace(cache, seen={**cache.seen, layer: (k, v)})
-
-    def cross(
-        self, cache: Carry, q: jax.Array, to_k: jax.Array, to_v: jax.Array, positions: jax.Array
-    ) -> jax.Array | None:
-        """Without context."""
-        return None
-
-    def state(self, cache: Carry, layer: int) -> None:
-        """Whole texts begin with nothing."""
-        return None
-
-    def keep(self, cache: Carry, layer: int, state: tuple[jax.Array, ...]) -> Carry:
-        """Nothing follows."""
-        return cache
-
-    def end(self, cache: Carry) -> Carry:
-        """Nothing to finish."""
-        return cache
 
 
 def calibrate(
@@ -243,7 +219,7 @@ def _loss(
 ) -> tuple[jax.Array, Seen]:
     """The summed next-token loss of a sequence int32[T], its keys and values beside."""
     spec = config.kv_spec
-    attend: Any = Observe(DenseAttend(config.cache_windows, backend), spec.value_dim)
+    attend: Any = Observe(config.cache_windows, backend, value_dim=spec.value_dim)
     positions = jnp.arange(tokens.shape[0])[None]
     hidden, carry = apply(config, attend, params, tokens[None], positions, Carry(nudge))
     logits = logits_of(params, hidden, config)[0, :-1]

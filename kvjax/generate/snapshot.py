@@ -20,7 +20,7 @@ from kvjax.cache.named import is_ours, method_named, method_table
 from kvjax.cache.policies.optional import placed
 from kvjax.cache.state import Cache, Group, empty_cache
 from kvjax.convert.array_store import load_arrays, save_arrays
-from kvjax.convert.directory import replaced
+from kvjax.convert.directory import names_in, replaced
 from kvjax.errors import CheckpointError, ConfigError, RequestError
 from kvjax.generate.live import check_live
 from kvjax.generate.state import State
@@ -345,11 +345,7 @@ def _checksum(content: dict[str, Any]) -> int:
 
 def _check_replaceable(path: Path) -> None:
     """Only nothing, an empty directory, or a saved state alone may be replaced."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file; give the path of a directory to save into")
-    names = sorted(entry.name for entry in path.iterdir())
+    names = names_in(path)
     if not names:
         return
     if STATE_FILE not in names:

@@ -66,9 +66,10 @@ def cells(fast: dict[str, tuple[str, CacheConfig]], slow: dict[str, tuple[str, C
     ]
 
 
+RINGS = mixed(config(SlidingWindow(6), Int8()), config(H2O(4, 3), Int8()))
 FORKED = cells(
     {
-        "window-int8+h2o-int8": ("gqa", mixed(config(SlidingWindow(6), Int8()), config(H2O(4, 3), Int8()))),
+        "window-int8+h2o-int8": ("gqa", RINGS),
         "kivi": ("gqa", KIVI_16),
     },
     {
@@ -285,7 +286,7 @@ REFUSED: dict[str, tuple[CacheConfig, Any, str]] = {
         r"sequence 0 .*TOVA\(budget=6\) \(layers 0\) has counted .*at most 0 can",
     ),
     "a full ring": (
-        FORKED[0].values[1],
+        RINGS,
         [0, 0, 1, 0],
         r"sequence 2 .*SlidingWindow\(window=6\) \(layers 0\) has written over older tokens.*at most 0 can",
     ),
