@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.attention.blending import blend_step
-from kvjax.attention.calibrated import calibrated_attention, calibrated_weights
 from kvjax.attention.context import cross_paged
-from kvjax.attention.partial import attend_among, attend_over, covered, fanned, gathered, merged, turned
-from kvjax.attention.selected import selected
-from kvjax.cache.calibrated import encoded, first_of, keep_first, noted, read_back, tables_of
+from kvjax.attention.partial import attend_over
+from kvjax.attention.reading import Call, after, read_held, read_then_self
+from kvjax.cache.calibrated import encoded, first_of, keep_first, noted, tables_of
 from kvjax.cache.codecs import Encoded
-from kvjax.cache.codecs.calibrated import calibrated
 from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.page_state import ended, store
-from kvjax.cache.policies.optional import Attended, arrivals, decide, decides, observes_steps
-from kvjax.cache.policies.optional import observe as observe_weights
-from kvjax.cache.policies.protocol import EMPTY, Read
-from kvjax.cache.state import Cache, Group
-from kvjax.cache.tail import coded, newest, put_exact, settled
-from kvjax.cache.write import layer_rows, place, place_in_page, update_layer_rows
+from kvjax.cache.policies.optional import arrivals, decide, decides, observes_steps
+from kvjax.cache.state import Cache
+from kvjax.cache.tail import put_exact, settled
+from kvjax.cache.write import layer_rows, place, place_in_page
 from kvjax.typing import Held, Rotate, Scoring
-from pallas_kernels import paged_attention, paged_weights
 
 
 @jax.tree_util.register_dataclass
@@ -50,16 +45,6 @@ class Step:
     active: jax.Array
     pending: dict[int, tuple[Encoded, Encoded | None, jax.Array]] = dataclasses.field(default_factory=dict)
     order: jax.Array | int = 0
-
-
-class _Call(NamedTuple):
-    """What one layer asks: its index in the group, queries [B,T,H,D] unrotated, their positions, how it scores."""
-
-    index: Any
-    q: jax.Array
-    positions: jax.Array
-    rotate: Rotate
-    scoring: Scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +186,7 @@ class PagedAttend:
         elif write or before is not None:
             key, value = encoded(codec, tables_of(group, index), k, v, positions, rotate)
             group = keep_first(group, index, noted(first_of(group, index), k, v, positions))
-        call = _Call(index, q, positions, rotate, scoring)
+        call = Call(index, q, positions, rotate, scoring, self.prompt, self.backend)
         if before is None:
             if write and not deciding:
                 landing = layer_rows(group, cache.slots[number], index)
@@ -209,11 +194,11 @@ class PagedAttend:
                     group = put_exact(group, index, landing, key, value)
                 else:
                     group = store(group, index, landing, key, value, rotate)
-            out, group = self._read(group, call, cache.active, observe=write)
+            out, group = read_held(group, call, cache.active, observe=write)
             if waits(codec) and isinstance(layer, int):
                 order = order + after(jnp.zeros((), jnp.int32), out)
         else:
-            out = self._read_then_self(group, before, call, key, value)
+            out = read_then_self(group, before, call, key, value)
             slots = pending[layer][2] if not write else layer_rows(group, cache.slots[number], index)
             if isinstance(layer, int):
                 pending[layer] = key, value, slots
@@ -234,183 +219,3 @@ class PagedAttend:
             if waits(group.layout.codec):
                 groups[number] = settled(group, cache.active, cache.order)
         return ended(dataclasses.replace(cache.cache, groups=tuple(groups)), self.rotate)
-
-    def _read(self, group: Group, call: _Call, active: jax.Array, observe: bool) -> tuple[jax.Array, Group]:
-        """Attention over what is held, the new tokens included; scores follow where the policy wants them."""
-        layout, index = group.layout, call.index
-        reads = layout.policy.reads(layout.window)
-        few, tail = None, newest(group, index, call.q.dtype) if waits(layout.codec) else None
-        if self._selects(group, call):
-            turned_q, (read,) = call.rotate(call.q, call.positions), reads
-            few = selected(group, index, turned_q, call.positions, read.window, tail, call.rotate)
-            parts = [few.attend(turned_q, call.positions, call.scoring.soft_cap, self.backend)]
-        elif tail is not None:
-            parts = [self._partial(group, group.position, coded(group, group.length - 1)[1], reads[0], call)]
-        else:
-            parts = [self._partial(group, group.position, group.length, read, call) for read in reads]
-        if tail is not None:
-            parts.append(self._exact(group, tail, reads[0], call))
-        out, lse = merged(parts, call.scoring.sinks)
-        out = out if few is None else few.completed(out)
-        if not (observes_steps(layout.policy) and observe):
-            return out, group
-        places = layer_rows(group, group.position, index)
-        if few is not None:
-            weights = few.weights(turned_q, call.positions, lse, call.scoring.soft_cap, self.backend)
-            places = few.read_positions(places)
-        elif calibrated(layout.codec):
-            weights = calibrated_weights(
-                group,
-                index,
-                call.rotate(call.q, call.positions),
-                *_rows(group, group.length, index),
-                call.rotate,
-                lse=lse,
-                row_weights=jnp.ones(call.positions.shape, jnp.float32),
-                positions=_by_row(places),
-                q_positions=call.positions,
-                window=layout.window,
-                soft_cap=call.scoring.soft_cap,
-            )
-        else:
-            weights = paged_weights(
-                call.rotate(call.q, call.positions),
-                group.k.values,
-                *_rows(group, group.length, index),
-                lse=lse,
-                row_weights=jnp.ones(call.positions.shape, jnp.float32),
-                layer=place_in_page(group, index),
-                positions=_by_row(places),
-                q_positions=call.positions,
-                window=layout.window,
-                soft_cap=call.scoring.soft_cap,
-                k_scale=group.k.scale,
-                k_min=group.k.minimum,
-                backend=self.backend,
-            )
-        held = jax.tree.map(lambda state: layer_rows(group, state, index), group.row_state)
-        attended = Attended(
-            places if layout.window is None else jnp.where(places > call.positions - layout.window, places, EMPTY),
-            call.q.shape[2] // layout.spec.kv_heads,
-        )
-        seen = observe_weights(layout.policy, held, jnp.moveaxis(weights, 1, 0), active, attended)
-        state = jax.tree.map(lambda old, new: update_layer_rows(group, old, new, index), group.row_state, seen)
-        return after(out, weights), dataclasses.replace(group, row_state=state)
-
-    def _exact(
-        self, group: Group, tail: tuple[jax.Array, jax.Array | None, jax.Array], read: Read, call: _Call
-    ) -> tuple[jax.Array, jax.Array]:
-        """Attention to the newest tokens beside the pages, as if each head of a sequence had a page of them."""
-        keys, values, position = tail
-
-        def by_head(x: jax.Array) -> jax.Array:
-            """[B, ring, K, D] -> [B * K, 1, 1, ring, D]."""
-            return jnp.moveaxis(x, 2, 1).reshape(-1, 1, 1, x.shape[1], x.shape[3])
-
-        table = jnp.arange(position.shape[0] * position.shape[1]).reshape(*position.shape[:2], 1)
-        return paged_attention(
-            call.rotate(call.q, call.positions),
-            by_head(keys),
-            None if values is None else by_head(values),
-            table,
-            jnp.full(position.shape[:2], position.shape[2]),
-            layer=jnp.zeros(1, jnp.int32),
-            positions=position,
-            q_positions=call.positions,
-            window=read.window,
-            soft_cap=call.scoring.soft_cap,
-            value_dim=group.layout.spec.value_dim if values is None else None,
-            backend=self.backend,
-        )
-
-    def _selects(self, group: Group, call: _Call) -> bool:
-        """Whether this is a step of which a select leaves something unread."""
-        select, pages = group.layout.select, group.table.shape[2]
-        step = call.positions.shape[1] == 1 and not self.prompt
-        return select is not None and step and not select.covers(pages, group.layout.page_size)
-
-    def _read_then_self(
-        self, group: Group, before: tuple[jax.Array, jax.Array], call: _Call, key: Encoded, value: Encoded | None
-    ) -> jax.Array:
-        """A chunk's attention: to what was held before it, and to itself as it will be read back."""
-        layout, q, positions = group.layout, call.q, call.positions
-        reads = layout.policy.reads(layout.window)
-        parts = [self._partial(group, *before, read, call) for read in reads]
-        tables, first = tables_of(group, call.index), first_of(group, call.index)
-        k, v = read_back(
-            layout.codec, tables, first, key, value, positions, call.rotate, layout.spec.value_dim, q.dtype
-        )
-        cap = call.scoring.soft_cap
-        parts.append(attend_among(q, k, v, positions, positions, reads, call.rotate, cap, self.backend))
-        return merged(parts, call.scoring.sinks)[0]
-
-    def _partial(
-        self, group: Group, position: jax.Array, length: jax.Array, read: Read, call: _Call
-    ) -> tuple[jax.Array, jax.Array]:
-        """One read over the pool, as positions and lengths [R, B, ...] describe it."""
-        layout, index = group.layout, call.index
-        table, lengths = _rows(group, length, index)
-        places = _by_row(layer_rows(group, position, index))
-        if read.slots is not None:
-            pages = min(-(-read.slots // layout.page_size), table.shape[2])
-            table, places = table[..., :pages], places[..., : pages * layout.page_size]
-        simple = layout.policy.in_order and read.first == 0 and read.last is None
-        fan = read.lag is not None
-        if fan:
-            queries, sees = fanned(call.q, call.positions, read, call.rotate)
-        else:
-            queries, sees = call.rotate(call.q, turned(call.positions, read)), call.positions
-        if calibrated(layout.codec):
-            out, lse = calibrated_attention(
-                group,
-                index,
-                queries,
-                table,
-                lengths,
-                call.rotate,
-                positions=None if simple else covered(places, read),
-                q_positions=sees,
-                window=1 if fan else read.window,
-                soft_cap=call.scoring.soft_cap,
-            )
-            return gathered(out, lse, call.q.shape[1]) if fan else (out, lse)
-        out, lse = paged_attention(
-            queries,
-            group.k.values,
-            None if group.v is None else group.v.values,
-            table,
-            lengths,
-            layer=place_in_page(group, index),
-            positions=None if simple else covered(places, read),
-            q_positions=sees,
-            window=1 if fan else read.window,
-            soft_cap=call.scoring.soft_cap,
-            value_dim=layout.spec.value_dim if group.v is None else None,
-            k_scale=group.k.scale,
-            k_min=group.k.minimum,
-            v_scale=None if group.v is None else group.v.scale,
-            v_min=None if group.v is None else group.v.minimum,
-            backend=self.backend,
-        )
-        return gathered(out, lse, call.q.shape[1]) if fan else (out, lse)
-
-
-def after(value: jax.Array, result: jax.Array) -> jax.Array:
-    """`value`, but computed only once `result` is known.
-
-    What writes to a pool next must depend on whatever read it before: without that order the compiler keeps the old
-    pool for the reader and copies all of it. An optimization barrier is gone by the time copies are decided; a zero
-    that the compiler cannot see through is not.
-    """
-    bits = jax.lax.bitcast_convert_type(jnp.max(result).astype(jnp.float32), jnp.uint32)
-    return value + ((bits >> 31) >> 1).astype(value.dtype)
-
-
-def _by_row(rows: jax.Array) -> jax.Array:
-    """[r, B, ...] -> [B, r, ...], as kernels take it."""
-    return jnp.moveaxis(rows, 0, 1)
-
-
-def _rows(group: Group, length: jax.Array, index: Any) -> tuple[jax.Array, jax.Array]:
-    """A layer's block table int32[B, r, N] and lengths int32[B, r]."""
-    return _by_row(layer_rows(group, group.table, index)), _by_row(layer_rows(group, length, index))

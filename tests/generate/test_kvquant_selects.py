@@ -344,7 +344,7 @@ def test_a_step_reads_the_codes_of_what_is_chosen_and_what_it_is_chosen_by(selec
                 SLOW,
                 pytest.mark.xfail(
                     strict=True,
-                    reason="XLA copies SparQ's `total`, a twentieth of these pools, where pages are of one head: under Dense too",
+                    reason="XLA copies SparQ's `total`, 5% of the pools, if pages are of one head; with Dense too",
                 ),
             ),
         ),
