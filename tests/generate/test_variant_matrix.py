@@ -119,11 +119,11 @@ def held_by_owners(cache: Cache, config: ModelConfig, sequence: int) -> decoder.
 
 
 def within_windows(kept: decoder.Positions, config: ModelConfig, policy: Any, newest: int) -> decoder.Positions:
-    """What a cache must hold of what the oracle has: a policy that never drops becomes, in such a layer, its window.
+    """What a cache must hold of what the oracle has: where nothing but age decides, such a layer keeps its window.
 
     Others keep what they keep: sinks, which in-cache positions keep in view, and what scored highest.
     """
-    if policy != Full():
+    if not isinstance(policy, (Full, SlidingWindow)):
         return kept
     return [
         [tuple(p for p in positions if window is None or p > newest - window) for positions in heads]
