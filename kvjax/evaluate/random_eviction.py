@@ -8,9 +8,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.policies.bases import Scored
 from kvjax.cache.policies.protocol import EMPTY, RowState, highest_newest, oldest_lowest
-from kvjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,8 @@ class RandomEviction(Scored):
     rows: Literal["head"] = dataclasses.field(default="head", init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, int) or self.budget < 1:
-            raise ConfigError(f"RandomEviction.budget must be an integer of at least 1, got {self.budget!r}")
-        if not isinstance(self.seed, int):
-            raise ConfigError(f"RandomEviction.seed must be an integer, got {self.seed!r}")
+        check_integer(self, "budget", 1)
+        check_integer(self, "seed", 0)
 
     @property
     def held(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from kvjax.cache.codecs import Dense
 from kvjax.cache.config import CacheConfig
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.policies.optional import decides
 from kvjax.errors import ConfigError
 
@@ -28,8 +29,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        if not _whole(self.rank, 1):
-            raise ConfigError(f"LoRA.rank must be an integer of at least 1, got {self.rank!r}")
+        check_integer(self, "rank", 1)
         if not self.alpha > 0:
             raise ConfigError(f"LoRA.alpha must be positive, got {self.alpha!r}")
         if not self.targets:
@@ -92,10 +92,7 @@ class DMCSchedule:
         if not self.ratio >= 1:
             raise ConfigError(f"DMCSchedule.ratio must be at least 1 (2: half the entries), got {self.ratio!r}")
         for name, least in (("fade_steps", 0), ("ramp_steps", 1), ("span", 1)):
-            if not _whole(getattr(self, name), least):
-                raise ConfigError(
-                    f"DMCSchedule.{name} must be an integer of at least {least}, got {getattr(self, name)!r}"
-                )
+            check_integer(self, name, least)
         if not self.temperature > 0:
             raise ConfigError(f"DMCSchedule.temperature must be above 0, got {self.temperature!r}")
 

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.policies.bases import Scored
 from kvjax.cache.policies.protocol import EMPTY, RowState, highest_newest, oldest_lowest
 from kvjax.errors import ConfigError
@@ -28,9 +29,7 @@ class H2O(Scored):
 
     def __post_init__(self) -> None:
         for name in ("heavy", "recent"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ConfigError(f"H2O.{name} must be an integer of at least 0, got {value!r}")
+            check_integer(self, name, 0)
         if self.heavy + self.recent < 1:
             raise ConfigError("H2O must keep something: heavy + recent is 0")
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.numbers import check_integer, check_number
 from kvjax.cache.policies.bases import PromptOnly
-from kvjax.cache.policies.numbers import check_integer, check_number
 from kvjax.cache.policies.protocol import RowState, highest_newest, overlaps
 
 

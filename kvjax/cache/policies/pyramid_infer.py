@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.cache.numbers import ceil_share, check_integer, check_number
 from kvjax.cache.policies.bases import Growing
-from kvjax.cache.policies.numbers import ceil_share, check_integer, check_number
 from kvjax.cache.policies.protocol import RowState, highest_newest
 
 

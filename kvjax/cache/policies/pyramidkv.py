@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache.policies.numbers import check_integer
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.policies.protocol import RowState
 from kvjax.cache.policies.snapkv import SnapKV
 from kvjax.errors import ConfigError

@@ -8,8 +8,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.policies.bases import PromptOnly
-from kvjax.cache.policies.numbers import check_integer
 from kvjax.cache.policies.protocol import RowState, highest_newest
 from kvjax.errors import ConfigError
 

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.policies.bases import Positional
 from kvjax.cache.policies.protocol import EMPTY, Read, RowState, overlaps
 from kvjax.errors import ConfigError
@@ -30,10 +31,8 @@ class StreamingLLM(Positional):
     append_only: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ConfigError(f"{type(self).__name__}.sinks must be an integer of at least 0, got {self.sinks!r}")
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ConfigError(f"{type(self).__name__}.window must be an integer of at least 1, got {self.window!r}")
+        check_integer(self, "sinks", 0)
+        check_integer(self, "window", 1)
 
     def capacity(self, tokens: int) -> int:
         """Never more than sinks + window."""

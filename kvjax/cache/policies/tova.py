@@ -8,9 +8,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.policies.bases import Scored
 from kvjax.cache.policies.protocol import EMPTY, RowState, highest_newest, oldest_lowest
-from kvjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,7 @@ class TOVA(Scored):
     rows: Literal["layer"] = dataclasses.field(default="layer", init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, int) or self.budget < 1:
-            raise ConfigError(f"TOVA.budget must be an integer of at least 1, got {self.budget!r}")
+        check_integer(self, "budget", 1)
 
     @property
     def held(self) -> int:

@@ -8,8 +8,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.selects.protocol import Chosen, Cost, PageState, View
-from kvjax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Quest:
 
     def __post_init__(self) -> None:
         for name, least in (("pages", 1), ("dense_layers", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"Quest.{name} must be an integer of at least {least}, got {value!r}")
+            check_integer(self, name, least)
 
     def check(self, key_dim: int) -> None:
         """Any width will do."""

@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.numbers import check_integer
 from kvjax.cache.selects.protocol import Chosen, Cost, PageState, View
 from kvjax.errors import ConfigError
 
@@ -40,9 +41,7 @@ class SparQ:
 
     def __post_init__(self) -> None:
         for name in ("rank", "slots", "local"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"SparQ.{name} must be an integer of at least 1, got {value!r}")
+            check_integer(self, name, 1)
         if self.local > self.slots:
             raise ConfigError(
                 f"SparQ.local={self.local} must be at most slots={self.slots}: the newest tokens are among those read"

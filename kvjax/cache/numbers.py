@@ -1,4 +1,4 @@
-"""Checks of what policies are made of, and rounding that does not depend on float32."""
+"""Checks of what policies and selects are made of, and rounding that does not depend on float32."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from kvjax.errors import ConfigError
 EXACT_BELOW = 1 << 18
 
 
-def check_integer(policy: object, name: str, least: int) -> None:
+def check_integer(owner: object, name: str, least: int) -> None:
     """Refuses a field that is no integer or too small.
 
     Raises:
       ConfigError: naming field, value and rule.
     """
-    value = getattr(policy, name)
+    value = getattr(owner, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{type(policy).__name__}.{name} must be an integer of at least {least}, got {value!r}")
+        raise ConfigError(f"{type(owner).__name__}.{name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_number(
