@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.bits import pool_dtype
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.codecs.calibrated import calibrated, first_tokens
 from kvjax.cache.codecs.waiting import waits
@@ -136,7 +137,7 @@ def empty_pool(layout: GroupLayout, num_pages: int) -> tuple[Encoded, Encoded | 
         return _coded_pool(layout, num_pages)
 
     made: tuple[Encoded, Encoded | None] = jax.tree.map(
-        lambda leaf: jnp.zeros((*lead, *leaf.shape[1:]), leaf.dtype), token_shapes(layout)
+        lambda leaf: jnp.zeros((*lead, *leaf.shape[1:]), pool_dtype(layout.codec, leaf.dtype)), token_shapes(layout)
     )
     return made
 
@@ -190,7 +191,9 @@ def empty_tail(layout: GroupLayout, batch: int) -> Tail:
 def empty_page_state(layout: GroupLayout, num_pages: int) -> PageState:
     """What the select remembers of pages that nothing was written to: zeros."""
     lead = (num_pages, layout.layers_per_page, layout.heads_per_page)
-    return jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), layout.page_state)
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((*lead, *leaf.shape), pool_dtype(layout.select, leaf.dtype)), layout.page_state
+    )
 
 
 def empty_group(layout: GroupLayout, batch: int, pages_per_row: int, num_pages: int) -> Group:

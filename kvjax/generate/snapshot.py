@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.cache.bits import NUMBERS, bits, numbers, takes_bits
 from kvjax.cache.config import CacheConfig
 from kvjax.cache.layout import GroupLayout, KVSpec
 from kvjax.cache.named import is_ours, method_named, method_table
@@ -213,7 +214,8 @@ def _arrays(state: State) -> dict[str, np.ndarray]:
     """Every array of a state on the host, of pools only the pages in use."""
     arrays = {}
     for name, leaf, group in _leaves(state.cache):
-        arrays[name] = np.asarray(leaf) if group is None else _gather(leaf, _in_use(np.asarray(group.refs)))
+        found = np.asarray(leaf) if group is None else _gather(leaf, _in_use(np.asarray(group.refs)))
+        arrays[name] = numbers(found) if _as_bits(name, group) else found
     if state.last is not None:
         arrays["last"] = np.asarray(state.last)
     return arrays
@@ -228,6 +230,8 @@ def _placed(cache: Cache, arrays: dict[str, np.ndarray], source: Path) -> Cache:
     placed = []
     for name, leaf, group in leaves:
         found = arrays[name]
+        if _as_bits(name, group) and leaf.dtype in NUMBERS:
+            found = bits(found)
         pages = None if group is None else _in_use(numbers[id(group)])
         shape = leaf.shape if pages is None else (len(pages), *leaf.shape[1:])
         if (found.shape, found.dtype) != (shape, leaf.dtype):
@@ -266,6 +270,13 @@ def _leaves(cache: Cache) -> Iterator[tuple[str, Any, Group | None]]:
         number, _, field = rest.partition(".")
         paged = field.partition(".")[0] in ("k", "v", "page_state")
         yield name, leaf, groups[f"{part}.{number}"] if paged and f"{part}.{number}" in groups else None
+
+
+def _as_bits(name: str, group: Group | None) -> bool:
+    """Whether integers in this pool are short floats; they are saved as what they are."""
+    if group is None:
+        return False
+    return takes_bits(group.layout.select if name.split(".")[2] == "page_state" else group.layout.codec)
 
 
 def _in_use(refs: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.paged_attention import blocks, mosaic_gpu, reference, triton
+from pallas_kernels.paged_attention.reference import numbers
 
 BACKENDS = {
     "mosaic_gpu": vars(mosaic_gpu),
@@ -16,6 +17,8 @@ BACKENDS = {
     "xla_blocks": vars(blocks),
     "xla": vars(reference),
 }
+TAKE_BITS = (None, "xla_blocks", "xla")
+"""Backends whose pools may hold short floats as integers, as on CPUs. None, there, is one of these."""
 
 
 def paged_attention(
@@ -58,6 +61,9 @@ def paged_attention(
       out [B, T, H, Dv] in q's dtype; lse float32[B, T, H], natural log. A query that sees nothing gets 0 and -inf.
     """
     _validate(q, k_pool, block_table, lengths, layer)
+    if backend not in TAKE_BITS:
+        k_pool = numbers(k_pool, k_scale, k_min)
+        v_pool = None if v_pool is None else numbers(v_pool, v_scale, v_min)
     if (v_pool is None) == (value_dim is None):
         raise ValueError("paged_attention takes a v_pool, or v_pool=None and value_dim")
     options: dict[str, Any] = dict(
@@ -106,6 +112,8 @@ def paged_weights(
       float32[B, K, S], summed over the query heads of each KV head and over rows; 0 in slots nobody sees.
     """
     _validate(q, k_pool, block_table, lengths, layer)
+    if backend not in TAKE_BITS:
+        k_pool = numbers(k_pool, k_scale, k_min)
     options: dict[str, Any] = dict(
         lse=lse,
         row_weights=row_weights,

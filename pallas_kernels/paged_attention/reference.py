@@ -34,6 +34,18 @@ def unpacked(codes: jax.Array, packed: int) -> jax.Array:
     return jnp.concatenate([(codes >> jnp.uint8(shift)) & mask for shift in range(0, 8, bits)], axis=-1)
 
 
+def numbers(codes: jax.Array, scale: jax.Array | None, minimum: jax.Array | None) -> jax.Array:
+    """Codes or numbers as they are, but where integers hold the bits of short floats, which CPUs cannot scatter.
+
+    uint16 is bfloat16, and uint8 with one scale per vector and no minimum is float8_e4m3fn.
+    """
+    if codes.dtype == jnp.uint16:
+        return codes.view(jnp.bfloat16)
+    if codes.dtype == jnp.uint8 and scale is not None and minimum is None and scale.ndim == 4:
+        return codes.view(jnp.float8_e4m3fn)
+    return codes
+
+
 def dequantised(
     pool: jax.Array,
     scale: jax.Array | None,
@@ -44,7 +56,7 @@ def dequantised(
     packed: int = 1,
 ) -> jax.Array:
     """One layer's slots [B, K, N * page, *] as the codec reads them back, in `dtype`; `packed` codes share a byte."""
-    codes = gather(pool, table, layer)
+    codes = numbers(gather(pool, table, layer), scale, minimum)
     if scale is None:
         return codes.astype(dtype)
     if packed > 1:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax.cache.bits import bits, numbers
 from kvjax.cache.put import copied_on_cpu, put
 
 DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8)
@@ -42,6 +43,18 @@ def test_an_entry_is_where_a_scatter_puts_it(case, dtype):
     assert found.dtype == dtype
     wanted = pool.astype(jnp.float32).at[at].set(values, mode="drop")
     np.testing.assert_array_equal(found.astype(jnp.float32), wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("case", CASES)
+def test_integers_are_given_the_bits_of_short_floats(case, dtype):
+    at, values = CASES[case]
+    pool = bits(drawn(*SHAPE).astype(dtype))
+    found = jax.jit(lambda pool, v: put(pool, at, v))(pool, values.astype(dtype))
+    assert found.dtype == pool.dtype
+    wanted = numbers(pool).astype(jnp.float32).at[at].set(values, mode="drop")
+    np.testing.assert_array_equal(numbers(found).astype(jnp.float32), wanted)
+    np.testing.assert_array_equal(put(pool, at, bits(values.astype(dtype))), found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)

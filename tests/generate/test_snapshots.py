@@ -19,6 +19,7 @@ import pytest
 
 import kvjax
 from kvjax import CacheConfig, Sampling
+from kvjax.cache.bits import INTEGERS, numbers
 from kvjax.cache.codecs import FP8, KIVI, Calibration, Dense, Int4, KVQuant
 from kvjax.cache.policies import FastGen, Full, PyramidKV, Scissorhands, SnapKV, StreamingLLM
 from kvjax.cache.selects import Quest, SparQ
@@ -169,6 +170,33 @@ def test_a_saved_state_is_the_same_state_again(tmp_path: Path, case: str) -> Non
     assert [entry.name for entry in (tmp_path / "saved").iterdir()] == ["here"], "nothing is left beside it"
     assert_same_state(kvjax.load_state(tmp_path / "saved" / "here"), state)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache)), "the state stays usable"
+
+
+@pytest.mark.parametrize("case", ["pyramidkv-fp8", "quest+sparq", "in bfloat16"])
+def test_a_device_that_holds_short_floats_as_they_are_reads_what_one_saved_that_holds_their_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    cache, model = KEPT[case]
+    state = state_of(cache, model)
+    kvjax.save_state(state, tmp_path / "state")
+    monkeypatch.setattr("kvjax.cache.state.pool_dtype", lambda owner, dtype: dtype)
+    loaded = kvjax.load_state(tmp_path / "state")
+    short = [leaf.dtype for leaf in jax.tree.leaves(loaded.cache) if leaf.dtype in INTEGERS]
+    assert short
+    for group, other in zip(loaded.cache.groups, state.cache.groups, strict=True):
+        held = np.asarray(group.refs) > 0
+        for name, mine, its in (("k", group.k, other.k), ("page_state", group.page_state, other.page_state)):
+            for one, two in zip(jax.tree.leaves(mine), jax.tree.leaves(its), strict=True):
+                assert one.dtype == (numbers(two).dtype if one.dtype in INTEGERS else two.dtype), name
+                mine_held, its_held = np.asarray(one)[held], np.asarray(two)[held]
+                if one.dtype in INTEGERS:  # a NaN may come back as another
+                    mine_held, its_held = mine_held.astype(np.float32), numbers(its_held).astype(np.float32)
+                np.testing.assert_array_equal(mine_held, its_held)
+    monkeypatch.undo()
+    kvjax.save_state(loaded, tmp_path / "again")
+    again = kvjax.load_state(tmp_path / "again")
+    for one, two in zip(jax.tree.leaves(again.cache.groups), jax.tree.leaves(state.cache.groups), strict=True):
+        assert one.dtype == two.dtype
 
 
 def test_recurrent_states_an_encoded_context_and_a_pending_token_are_kept(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.bits import numbers
 from kvjax.cache.codecs.protocol import Encoded
 from kvjax.errors import ConfigError
 
@@ -21,6 +22,7 @@ class Dense:
     """
 
     dtype: str | None = None
+    bits_for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
@@ -35,7 +37,7 @@ class Dense:
 
     def decode(self, stored: Encoded, dtype: Any) -> jax.Array:
         """Back to `dtype`."""
-        return stored.values.astype(dtype)
+        return numbers(stored.values).astype(dtype)
 
     def bytes_per_vector(self, width: int, dtype: Any) -> int:
         """width * itemsize."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.bits import numbers
 from kvjax.cache.codecs.protocol import Encoded
 
 LARGEST = 448.0
@@ -23,6 +24,8 @@ class FP8:
     token included; a zero vector stays zero. D + 4 bytes per vector.
     """
 
+    bits_for_floats: ClassVar[bool] = True
+
     def encode(self, x: jax.Array) -> Encoded:
         """x [..., D] -> codes float8_e4m3fn[..., D], scale float32[...]."""
         wide = x.astype(jnp.float32)
@@ -33,7 +36,7 @@ class FP8:
     def decode(self, stored: Encoded, dtype: Any) -> jax.Array:
         """codes * scale."""
         assert stored.scale is not None
-        return (stored.values.astype(jnp.float32) * stored.scale[..., None]).astype(dtype)
+        return (numbers(stored.values).astype(jnp.float32) * stored.scale[..., None]).astype(dtype)
 
     def bytes_per_vector(self, width: int, dtype: Any) -> int:
         """One byte an element and four for the scale."""

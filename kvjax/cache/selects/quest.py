@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.bits import numbers
 from kvjax.cache.numbers import check_integer
 from kvjax.cache.selects.protocol import Chosen, Cost, PageState, View
 
@@ -32,6 +33,7 @@ class Quest:
     pages: int
     dense_layers: int = 2
     unit: Literal["page"] = dataclasses.field(default="page", init=False, repr=False)
+    bits_for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, least in (("pages", 1), ("dense_layers", 0)):
@@ -79,7 +81,8 @@ def bounds(q: jax.Array, view: View) -> jax.Array:
     up, down = jnp.sum(jnp.maximum(q, 0), axis=2), jnp.sum(jnp.minimum(q, 0), axis=2)
     filled = jnp.any(view.position >= 0, axis=-1)[..., None]
     least, greatest = (
-        jnp.where(filled, view.state[name][view.pages].astype(jnp.float32), 0) for name in ("least", "greatest")
+        jnp.where(filled, numbers(view.state[name][view.pages]).astype(jnp.float32), 0)
+        for name in ("least", "greatest")
     )
     highest = jax.lax.Precision.HIGHEST
     return jnp.einsum("bkd,bknd->bkn", up, greatest, precision=highest) + jnp.einsum(

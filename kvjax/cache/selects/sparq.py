@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache.bits import numbers
 from kvjax.cache.numbers import check_integer
 from kvjax.cache.selects.protocol import Chosen, Cost, PageState, View
 from kvjax.errors import ConfigError
@@ -38,6 +39,7 @@ class SparQ:
     slots: int
     local: int
     unit: Literal["slot"] = dataclasses.field(default="slot", init=False, repr=False)
+    bits_for_floats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("rank", "slots", "local"):
@@ -114,7 +116,7 @@ def approximate(q: jax.Array, rank: int, view: View) -> jax.Array:
     carried = jnp.sum(sizes, axis=-1) / jnp.maximum(jnp.sum(size, axis=-1), jnp.finfo(jnp.float32).tiny)
     # A query of zeros has no channel to go by: all its logits are 0 at any temperature.
     temperature = jnp.sqrt(q.shape[-1] * jnp.where(carried > 0, carried, 1))
-    columns = view.state["channels"][view.pages[..., None], channels[:, :, None]].astype(jnp.float32)
+    columns = numbers(view.state["channels"][view.pages[..., None], channels[:, :, None]]).astype(jnp.float32)
     highest = jax.lax.Precision.HIGHEST
     logits = jnp.einsum("bkgr,bknrp->bkgnp", some, columns, precision=highest)
     logits = logits.reshape(*logits.shape[:3], -1)
