@@ -87,7 +87,10 @@ def _prompts(
 ) -> tuple[Cache, jax.Array]:
     """The prompts in a fresh cache, and the logits float32[B, 1, V] after them."""
     compiles, begun = compiled_programs(), time.perf_counter()
-    room = max(len(question.continuation) for question in questions)
+    # A short prompt may have the longest continuation: rows need no room for the longest of each together, which would
+    # round up to shapes of their own.
+    longest = max(len(question.prompt) + len(question.continuation) for question in questions)
+    room = longest - max(len(question.prompt) for question in questions)
     state = start(model, [list(question.prompt) for question in questions], cache, room=room, context=context)
     assert state.last is not None
     logits = head(model.params, state.last, config=model.config)[: len(questions), None]
