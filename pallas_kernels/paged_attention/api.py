@@ -48,6 +48,8 @@ def paged_attention(
       k_pool, v_pool: [P, layers_per_page, heads_per_page, page, D]; v_pool None: the value is the key's first value_dim
         columns (MLA). heads_per_page 1: each KV head has a row of its own. uint8 pools narrower than D hold n codes a
         byte in W = D / n bytes: byte i holds columns i, i + W, ... from its low bits up, of values as of keys.
+        uint16 is taken for the bits of bfloat16, and uint8 of width D with a scale per vector and no minimum for those
+        of float8_e4m3fn: CPUs hold these so, because they can scatter them.
       block_table: int32[B, K or 1, N], -1 is no page. lengths: int32[B, K or 1], slots in use, whatever their order.
       layer: int32[1], the layer's place within a page; traced, so that one compilation serves all layers.
       positions: int32[B, K or 1, N * page], where each slot's token stands, -1 skips it; None: the slot's own index.

@@ -19,7 +19,7 @@ class Encoded(NamedTuple):
 
     The same type holds one call's tokens and a whole pool ([P, layers_per_page, heads_per_page, page_size, ...]), so
     writing is one scatter per leaf and the kernels take `values`, `scale` and `minimum` as they are. What is `apart` no
-    kernel knows of.
+    kernel knows of. Pools on CPUs may hold short floats as integers: `kvjax.cache.bits`.
     """
 
     values: Any
