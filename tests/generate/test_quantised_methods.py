@@ -34,7 +34,7 @@ from tests.cache.tiny import (
     oracle,
     random_tokens,
 )
-from tests.generate.test_memory_contract import abstract_cache, lower
+from tests.generate.test_memory_contract import PAGES, abstract_cache, lower
 from tests.generate.test_variant_matrix import VARIANTS
 from tests.models.cases import BASE, model_of, random_params
 from tests.oracles import codecs as oracle_codecs
@@ -283,7 +283,8 @@ def test_kivi_plans_what_it_allocates(policy):
 )
 @pytest.mark.parametrize("policy", [Full(), pytest.param(SnapKV(6, 2, 3), marks=SLOW)], ids=str)
 def test_kivi_leaves_the_pools_where_they_are(policy, program):
-    cache = abstract_cache(Choice(policy, SMALL_KIVI, 4))
+    # Pages of one layer and head are a quarter of those of all.
+    cache = abstract_cache(Choice(policy, SMALL_KIVI, 4), PAGES if policy == Full() else 4 * PAGES)
     memory = lower(program, cache).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= cache.pool_bytes
     # Packed pools are small beside one layer's prompt, but a copy of even the smallest of them would be seen.
