@@ -6,6 +6,7 @@ The environment is set before jax is imported, which is why it happens at the to
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,12 +43,16 @@ MOST_MAPPINGS = 20_000
 """Memory mappings after which a test process drops its compiled programs: Linux allows 65,530, and each takes some."""
 
 
-@pytest.fixture(scope="module", autouse=True)
+TESTS = itertools.count(1)
+"""Run so far; counting the mappings takes milliseconds, so that only every sixteenth test does."""
+
+
+@pytest.fixture(autouse=True)
 def compiled_programs_do_not_pile_up() -> Iterator[None]:
-    """Between modules: a process that has compiled some thousand programs would be aborted."""
+    """Between tests: a process that has compiled some thousand programs would be aborted."""
     yield
     mappings = Path("/proc/self/maps")
-    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+    if next(TESTS) % 16 == 0 and mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
 

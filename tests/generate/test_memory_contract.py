@@ -72,10 +72,10 @@ MERGER = KVMerger(2, 2, 0.1)
 Shape = jax.ShapeDtypeStruct
 
 
-def abstract_cache(choice: Choice, pages: int = PAGES) -> Cache:
-    """A cache of `BATCH` sequences and so many pages that takes no memory."""
+def abstract_cache(choice: Choice, pages: int | None = None) -> Cache:
+    """A cache of `BATCH` sequences and so many pages, None: `PAGES`, that takes no memory."""
     layouts = layouts_of(model_of(CONFIG), cache_of((choice, choice)))
-    sizes = [(layout.pages_per_row(context_bucket(1)), pages) for layout in layouts]
+    sizes = [(layout.pages_per_row(context_bucket(1)), pages or PAGES) for layout in layouts]
     return jax.eval_shape(functools.partial(empty_cache, layouts, BATCH, sizes))
 
 
