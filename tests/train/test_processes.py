@@ -126,7 +126,9 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_do_the_run_of_one_and_the_first_alone_writes(folder):
-    (folder / "run.toml").write_text(TOML + SHARED)
+    # Adam steps by the learning rate however small a gradient is: rounding moves weights by a share of that.
+    text = TOML.replace("learning_rate = 1e-2", "learning_rate = 1e-4")
+    (folder / "run.toml").write_text(text + SHARED)
     said = ended(started(folder / "run.toml"))
     assert "the model after 4 steps" in " ".join(said[0].split())  # a long path breaks the line
     assert "/4" not in said[1]
@@ -139,7 +141,7 @@ def test_two_processes_do_the_run_of_one_and_the_first_alone_writes(folder):
 
     for name in ("run", "out"):
         (folder / name).rename(folder / f"{name} of both")
-    (folder / "run.toml").write_text(TOML)
+    (folder / "run.toml").write_text(text)
     main(Arguments(folder / "run.toml", plot=False))
     for mine, theirs in zip(read_log(folder / "run"), both, strict=True):
         # The same float32 sums in another order, four of Adam's steps.
@@ -147,10 +149,7 @@ def test_two_processes_do_the_run_of_one_and_the_first_alone_writes(folder):
         assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
     assert [line["step"] for line in both if "held_out" in line] == [2, 4]
     alone = kvjax.load(folder / "out").params
-    # Adam steps by 1e-2 however small a gradient is: a weight whose gradient is rounding may be further off.
-    off = [np.abs(a - b) for a, b in zip(*map(jax.tree.leaves, (out.params, alone)), strict=True)]
-    assert max(map(np.max, off)) < 1e-3
-    assert np.mean(np.concatenate([each.ravel() for each in off]) > 1e-5) < 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), out.params, alone)
 
 
 @pytest.mark.slow
