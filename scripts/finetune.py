@@ -119,7 +119,7 @@ def finish(file: RunFile, tuned: kvjax.Model, plot: bool, console: Console) -> N
         console.print(f"stopped after step {lines[-1]['step']}; the same command goes on")
         return
     kvjax.save(tuned, file.out)
-    console.print(f"{file.out}: the model after {file.finetune.steps} steps; {file.run} holds the run")
+    console.print(f"{file.out}: the model after {file.finetune.steps} steps; {file.run} holds the run", soft_wrap=True)
 
 
 def data_of(file: RunFile, model: kvjax.Model) -> tuple[Any, Callable[[kvjax.Model], dict[str, float]] | None]:
