@@ -60,11 +60,13 @@ class PagedAttend:
       prompt: the tokens are a prompt's, which reads everything whatever the select, even where they come one by one.
       rotate: that of the layers that a select reads, for what happens once all layers are through: pages may then lose
         keys that a codec holds unrotated, or be given them. Others do without.
+      copies: so many sequences side by side came of one, and a step reads the first pages they have in common once.
     """
 
     backend: str | None = None
     prompt: bool = False
     rotate: Rotate | None = None
+    copies: int = 1
     latent: ClassVar[bool] = True
 
     def begin(self, cache: Cache, tokens: jax.Array, positions: jax.Array) -> Step:
@@ -186,7 +188,7 @@ class PagedAttend:
         elif write or before is not None:
             key, value = encoded(codec, tables_of(group, index), k, v, positions, rotate)
             group = keep_first(group, index, noted(first_of(group, index), k, v, positions))
-        call = Call(index, q, positions, rotate, scoring, self.prompt, self.backend)
+        call = Call(index, q, positions, rotate, scoring, self.prompt, self.backend, self.copies)
         if before is None:
             if write and not deciding:
                 landing = layer_rows(group, cache.slots[number], index)

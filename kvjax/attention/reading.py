@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from kvjax.attention.calibrated import calibrated_attention, calibrated_weights
 from kvjax.attention.partial import attend_among, covered, fanned, gathered, merged, turned
 from kvjax.attention.selected import selected
+from kvjax.attention.shared import attend_copies, worth_sharing
 from kvjax.cache.calibrated import first_of, read_back, tables_of
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.codecs.calibrated import calibrated
@@ -32,6 +34,7 @@ class Call(NamedTuple):
       index: of the layer in the group. q: [B,T,H,D] unrotated. positions: int32[B,T].
       prompt: the tokens are a prompt's, which reads everything whatever the select.
       backend: which kernel, None for the best that can serve.
+      copies: so many sequences side by side may have first pages in common.
     """
 
     index: Any
@@ -41,6 +44,7 @@ class Call(NamedTuple):
     scoring: Scoring
     prompt: bool
     backend: str | None
+    copies: int = 1
 
 
 def read_held(group: Group, call: Call, active: jax.Array, observe: bool) -> tuple[jax.Array, Group]:
@@ -179,7 +183,9 @@ def _partial(
     if calibrated(layout.codec):
         out, lse = calibrated_attention(group, index, queries, table, lengths, call.rotate, **common)
     else:
-        out, lse = paged_attention(
+        sharing = simple and queries.shape[1] == 1 and worth_sharing(call.copies, places.shape[2])
+        read_pages = functools.partial(attend_copies, copies=call.copies) if sharing else paged_attention
+        out, lse = read_pages(
             queries,
             group.k.values,
             None if group.v is None else group.v.values,

@@ -209,7 +209,7 @@ def beam_search(
             penalty,
             numbers,
             config=model.config,
-            attend=PagedAttend(backend),
+            attend=PagedAttend(backend, copies=width),
             kind=kind,
             steps=BLOCK_STEPS,
         )

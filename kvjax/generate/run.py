@@ -236,7 +236,7 @@ def blocks(
             stop_tokens,
             np.int32(allowed),
             config=model.config,
-            attend=PagedAttend(backend),
+            attend=PagedAttend(backend, copies=state.copies),
             kind=kind,
             steps=steps,
         )

@@ -98,15 +98,15 @@ def load_state(path: str | Path, methods: Iterable[type] = ()) -> State:
         known = content["arrays"]
         tokens = tuple(map(tuple, content["tokens"]))
         pending, lengths, last = content["pending"], tuple(content["prompt_lengths"]), content["last"]
+        copies = int(content.get("copies", 1))
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{source} does not describe a state that this kvjax can hold ({type(error).__name__}: {error}); load it "
             "with the version that saved it"
         ) from error
     arrays = load_arrays(path / ARRAYS_FOLDER, known)
-    return State(
-        _placed(cache, arrays, source), config, tokens, jnp.asarray(arrays["last"]) if last else None, pending, lengths
-    )
+    hidden = jnp.asarray(arrays["last"]) if last else None
+    return State(_placed(cache, arrays, source), config, tokens, hidden, pending, lengths, copies)
 
 
 def _content(state: State, folder: Path) -> tuple[dict[str, Any], tuple[type, ...]]:
@@ -145,6 +145,7 @@ def _content(state: State, folder: Path) -> tuple[dict[str, Any], tuple[type, ..
         "tokens": [list(map(int, tokens)) for tokens in state.tokens],
         "pending": state.pending,
         "prompt_lengths": list(state.prompt_lengths),
+        "copies": state.copies,
         "last": state.last is not None,
     }
     return content, tuple(own)

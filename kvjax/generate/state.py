@@ -38,6 +38,7 @@ class State:
       last: the hidden state of each sequence's last token [B, hidden], right after a prompt; else None.
       pending: how many of the last tokens of each sequence are not in the cache yet: 0 after a prompt, else 1.
       prompt_lengths: how many of each sequence's tokens came as its first prompt, from which a policy may have chosen.
+      copies: so many sequences side by side came of one, by `fork` or several samples.
     """
 
     cache: Cache
@@ -46,6 +47,7 @@ class State:
     last: jax.Array | None
     pending: int
     prompt_lengths: tuple[int, ...] = ()
+    copies: int = 1
 
     @property
     def batch(self) -> int:
@@ -225,7 +227,9 @@ def multiply(state: State, n: int) -> State:
     cache, last = repeat(state, parents)
     tokens = tuple(state.tokens[i] for i in sources)
     lengths = tuple(state.prompt_lengths[i] for i in sources) if state.prompt_lengths else ()
-    return dataclasses.replace(state, cache=cache, tokens=tokens, last=last, prompt_lengths=lengths)
+    return dataclasses.replace(
+        state, cache=cache, tokens=tokens, last=last, prompt_lengths=lengths, copies=state.copies * n
+    )
 
 
 def repeat(state: State, parents: np.ndarray) -> tuple[Cache, jax.Array | None]:

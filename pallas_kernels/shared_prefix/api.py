@@ -38,6 +38,7 @@ def shared_prefix(
     v_scale: jax.Array | None = None,
     v_min: jax.Array | None = None,
     sharers: int | None = None,
+    largest: int | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of q over its group's prefix and over its own pages (ChunkAttention, Ye et al. 2024, 2402.15220).
@@ -56,7 +57,8 @@ def shared_prefix(
       prefix_positions: int32[G, K or 1, Np * page], where the prefix's tokens stand, -1 skips a slot; None: the slot's
         own index. positions: int32[B, K or 1, N * page], likewise; None: behind the prefix, in order.
       q_positions: int32[B, T], -1 is padding; None: the last T positions.
-      sharers: sequences packed into one product; None: as many as fill 64 rows, at least 4.
+      sharers: sequences packed into one product; None: as many as fill 64 rows, at least 4, at most `largest`.
+      largest: no group has more sequences; None: one may have all.
 
     Returns:
       out [B, T, H, Dv] in q's dtype; lse float32[B, T, H]. A query that sees nothing gets 0 and -inf.
@@ -64,6 +66,7 @@ def shared_prefix(
     _validate(q, prefix_table, prefix_lengths, group, block_table)
     batch, tokens, heads, width = q.shape
     kv_heads = max(block_table.shape[1], k_pool.shape[2])
+    largest = min(largest or batch, batch)
     if sharers is None:
         sharers = max(ROWS * kv_heads // (tokens * heads), LEAST_SHARERS)
     options: dict[str, Any] = dict(
@@ -84,7 +87,7 @@ def shared_prefix(
         last = before + jnp.max(lengths, axis=1)
         q_positions = last[:, None] - tokens + jnp.arange(tokens)
 
-    tiles = pack(group, prefix_table.shape[0], min(sharers, batch))
+    tiles = pack(group, prefix_table.shape[0], min(sharers, largest))
     members, chosen = jnp.maximum(tiles.members, 0), tiles.members >= 0
     asked = jnp.where(chosen[..., None], q_positions[members], -1)
     prefix_out, prefix_lse = paged_attention(
