@@ -38,7 +38,7 @@ test: $(full) ## the tests, without those marked slow or gpu
 
 # JAX_PLATFORMS empty lets jax take the accelerator, if there is one.
 test-all: $(full) ## every test this machine can run, on its accelerator if it has one
-	JAX_PLATFORMS= $(bin)/python -m pytest $(PYTEST_ARGS)
+	JAX_PLATFORMS= KVJAX_TEST_FUSIONS=new $(bin)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(full) ## ruff and mypy
 	$(bin)/ruff check .
