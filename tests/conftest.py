@@ -6,29 +6,16 @@ The environment is set before jax is imported, which is why it happens at the to
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.xla_flags import xla_flags
+
 # An empty JAX_PLATFORMS (`make test-all`) lets jax choose; unset means the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The older way of compiling fusions takes a third of the time. `make test-all` takes the way that users get; jaxlib 0.11
-# and later have no other, and refuse flags that they do not know.
-HAS_OLD_FUSIONS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
-OLD_FUSIONS = HAS_OLD_FUSIONS and os.environ.get("KVJAX_TEST_FUSIONS") != "new"
-# Several test processes share few cores: one thread each beats many that wait for one another.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        # Most of a test's time is LLVM's; without its optimisations programs compute the same, and XLA's own stay.
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false" if OLD_FUSIONS else "",
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_cpu_multi_thread_eigen=false",
-        "intra_op_parallelism_threads=1",
-    )
-).strip()
+os.environ["XLA_FLAGS"] = xla_flags()
 
 import jax
 import pytest

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +27,17 @@ def attend_copies(
     lengths: jax.Array,
     *,
     copies: int,
-    **options: Any,
+    layer: jax.Array,
+    q_positions: jax.Array,
+    positions: None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    value_dim: int | None = None,
+    k_scale: jax.Array | None = None,
+    k_min: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    v_min: jax.Array | None = None,
+    backend: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`paged_attention` of slots in order, where `copies` sequences side by side may hold the same first pages.
 
@@ -42,6 +50,7 @@ def attend_copies(
     Returns:
       out [B, T, H, Dv] in q's dtype; lse float32[B, T, H].
     """
+    del positions  # a slot's own index
     batch, page = q.shape[0], k_pool.shape[3]
     group = jnp.arange(batch) // copies
     common = common_pages(block_table, lengths // page, copies)
@@ -57,8 +66,17 @@ def attend_copies(
         group,
         own,
         jnp.maximum(lengths - shared * page, 0),
+        layer=layer,
+        q_positions=q_positions,
+        window=window,
+        soft_cap=soft_cap,
+        value_dim=value_dim,
+        k_scale=k_scale,
+        k_min=k_min,
+        v_scale=v_scale,
+        v_min=v_min,
         largest=copies,
-        **options,
+        backend=backend,
     )
 
 
