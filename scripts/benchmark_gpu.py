@@ -75,7 +75,7 @@ class Arguments:
     tiny: bool = False
     """A model of two layers, short contexts."""
     out: Path | None = None
-    """Writes benchmark_DEVICE.json and .md to this folder after every measurement."""
+    """Writes benchmark_MODEL_DEVICE.json and .md to this folder after every measurement."""
 
 
 def shape_of(arguments: Arguments) -> kvjax.ModelConfig:
@@ -236,7 +236,7 @@ def peer(arguments: Arguments, results: dict[str, Any], path: str | None, deadli
 def write(results: dict[str, Any], path: str | None) -> None:
     """JSON and a page; PATH without a suffix, None: nothing."""
     if path is not None:
-        file = Path(path) / f"benchmark_{device_name(results['device'])}"
+        file = Path(path) / f"benchmark_{device_name(results['model'])}_{device_name(results['device'])}"
         replace(file.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
         replace(file.with_suffix(".md"), markdown(results))
 

@@ -5,6 +5,7 @@ They are refused before a backend is chosen, since a kernel trusts shapes, and w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from pallas_kernels import (
     paged_attention,
     paged_weights,
     shared_prefix,
+    triton_call,
 )
 
 
@@ -208,6 +210,27 @@ def test_a_width_or_a_page_that_a_kernel_lacks_is_no_error_but_a_reason(
     with pytest.raises(NotImplementedError, match=f"cannot be served: {backend}: "):
         call(operation, {**given, "backend": backend})
     call(operation, given)
+
+
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("name", ["scale", "soft_cap"])
+@pytest.mark.parametrize("operation", [attention, paged_attention, paged_weights])
+def test_a_number_known_only_when_the_program_runs_is_left_to_xla(
+    operation: Callable[..., Any], name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled for theirs. Whatever else a call is, it can be served by name."""
+    monkeypatch.setattr(triton_call, "absent", lambda: None)
+    half = functools.partial(array, dtype=jnp.bfloat16)
+    q, pool = half(2, 5, 4, 64), half(9, 3, 2, 64, 64)
+    given = {
+        attention: dict.fromkeys("qkv", q),
+        paged_attention: dict(PAGED, q=q, k_pool=pool, v_pool=pool),
+        paged_weights: dict(WEIGHTS, q=q, k_pool=pool),
+    }[operation]
+    given = {**given, name: array()}
+    with pytest.raises(NotImplementedError, match=f"{backend}: takes a (positive )?Python number as {name}"):
+        call(operation, {**given, "backend": backend})
+    call(operation, {**given, "backend": "xla"})
 
 
 def test_a_length_beyond_the_table_reads_what_the_table_holds() -> None:
