@@ -67,9 +67,9 @@ def _cudnn_cases() -> Iterable[Case]:
         given: dict[str, Any] = dict(gradient=gradient, backend="cudnn")
         for width in (64, 128, 256):
             # Widths over 128 need compute capability 9.0.
-            since = dict(device=CUDNN_DEVICES if width <= 128 else CUDNN_DEVICES[4:])
+            since = CUDNN_DEVICES if width <= 128 else CUDNN_DEVICES[4:]
             yield _case(
-                f"{what} d{width} group4 causal", "full", (2, 4096, 4096, 16, 4, width, width), **given, **since
+                f"{what} d{width} group4 causal", "full", (2, 4096, 4096, 16, 4, width, width), **given, device=since
             )
         yield _case(f"{what} d128 f16", "full", (2, 2048, 2048, 16, 4, 128, 128), dtype="float16", **given)
         yield _case(f"{what} d128 not causal", "full", (2, 1000, 2048, 16, 4, 128, 128), causal=False, **given)
