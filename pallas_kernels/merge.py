@@ -15,7 +15,14 @@ def merge(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       out [..., D] in the dtype of `outs` and lse float32[...]; 0 and -inf where every set is empty.
+
+    Raises:
+      ValueError: the two do not fit each other.
     """
+    if outs.ndim != lses.ndim + 1 or outs.shape[:-1] != lses.shape or 0 in lses.shape[:1]:
+        raise ValueError(
+            f"merge takes outs [I, ..., D] and lses [I, ...], I at least 1; got {outs.shape}, {lses.shape}"
+        )
     top = jnp.max(lses, axis=0)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(lses - top)

@@ -1,7 +1,7 @@
 """Decoding and prefill of an 8B-shaped random model on a GPU, as shares of what the GPU was measured to do.
 
-    python scripts/benchmark_gpu.py --out docs/results
-    python scripts/benchmark_gpu.py --tiny --out results   # a small model on any device: proves that it runs
+    python scripts/benchmark.py gpu --out docs/results
+    python scripts/benchmark.py gpu --tiny --out results   # a small model on any device: proves that it runs
 
 The memory limit of decoding is what must move for a token, all weights but the embedding table and all keys and values,
 over the copy rate of the same run. `transformers`, with a static cache and torch.compile, runs in a process of its own.
@@ -38,6 +38,7 @@ from kvjax.generate.prefill import reserve_pages
 from kvjax.generate.state import layouts_of, make_cache
 from pallas_kernels.checks import timing
 from pallas_kernels.checks.arrays import random_array
+from pallas_kernels.checks.files import replace
 from pallas_kernels.checks.report import versions
 from pallas_kernels.device import device_kind
 from pallas_kernels.tuning import device_name
@@ -74,7 +75,7 @@ class Arguments:
     tiny: bool = False
     """A model of two layers, short contexts."""
     out: Path | None = None
-    """Writes benchmark_DEVICE.json and .md to this folder after every measurement."""
+    """Writes benchmark_MODEL_DEVICE.json and .md to this folder after every measurement."""
 
 
 def shape_of(arguments: Arguments) -> kvjax.ModelConfig:
@@ -235,10 +236,9 @@ def peer(arguments: Arguments, results: dict[str, Any], path: str | None, deadli
 def write(results: dict[str, Any], path: str | None) -> None:
     """JSON and a page; PATH without a suffix, None: nothing."""
     if path is not None:
-        file = Path(path) / f"benchmark_{device_name(results['device'])}"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        file.with_suffix(".md").write_text(markdown(results))
+        file = Path(path) / f"benchmark_{device_name(results['model'])}_{device_name(results['device'])}"
+        replace(file.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
+        replace(file.with_suffix(".md"), markdown(results))
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -276,7 +276,7 @@ def markdown(results: dict[str, Any]) -> str:
             continue
         rate = f"{row['flops'] / 1e12:.2f} | {row['share']:.1%}"
         lines.append(f"| {row['tokens']} | {row['ms']:.2f} | {row['tokens_per_second']:.0f} | {rate} |")
-    return "\n".join([*lines, "", "Made by `python scripts/benchmark_gpu.py --out docs/results`.", ""])
+    return "\n".join([*lines, "", "Made by `python scripts/benchmark.py gpu --out docs/results`.", ""])
 
 
 def main(arguments: Arguments) -> None:

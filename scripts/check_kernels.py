@@ -12,6 +12,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ class Arguments:
     only: str = ""
     """Words that a case's operation, backend and name must hold."""
     limit_seconds: float = 450.0
-    """No check starts later than this; what was left out says "not run"."""
+    """Everything ends at this time; what was left out, or had not ended, says "not run"."""
     case_seconds: float = SECONDS
     """What one case may take in a gate without a GPU."""
     workers: int = max((os.cpu_count() or 2) - 2, 1)
@@ -57,7 +58,7 @@ class Arguments:
     """The folder that is written to."""
 
 
-def on_the_gpu(arguments: Arguments, report: Report, deadline: float, console: Console) -> None:
+def on_the_gpu(arguments: Arguments, report: Report, left: Callable[[], float], console: Console) -> None:
     """Numbers, times and peers: compiled many at a time, measured one at a time."""
     cases = []
     for case in report.cases:
@@ -68,46 +69,46 @@ def on_the_gpu(arguments: Arguments, report: Report, deadline: float, console: C
     wanted = {target.case.name: target for target in report.targets}
     with on_gpu.Gpu(cases, arguments.workers, times="times" in arguments.gates) as gpu, peers.Peers() as others:
         for case in cases:
-            if time.monotonic() > deadline:
+            if left() <= 0:
                 break
-            result = gpu.run(case)
+            result = gpu.run(case, left=left)
             report.ceilings = gpu.ceilings or report.ceilings
             report.add_result(case, result)
             took = "" if result.seconds is None else f" {1e3 * result.seconds:.3f} ms"
-            console.print(f"gpu {case.name}: {'ok' if result.passed else 'FAIL ' + result.reason}{took}")
+            outcome = "not run: " if result.passed is None else "FAIL "
+            console.print(f"gpu {case.name}: {'ok' if result.passed else outcome + result.reason}{took}")
             report.write(arguments.out)
             if case.name in wanted and "peers" in arguments.gates:
-                against_peers(wanted[case.name], report, others, deadline)
+                against_peers(wanted[case.name], report, others, left)
                 report.write(arguments.out)
 
 
-def against_peers(target: Target, report: Report, others: peers.Peers, deadline: float) -> None:
+def against_peers(target: Target, report: Report, others: peers.Peers, left: Callable[[], float]) -> None:
     """What others take for a target's call."""
     for name in peers.NAMES if target.peer_call is not None else ():
-        left = deadline - time.monotonic()
-        if left > 0:
+        if (seconds := min(left(), peers.SECONDS)) > 0:
             assert target.peer_call is not None
-            report.add_peer(target.case, others.ask(name, target.peer_call, min(left, peers.SECONDS)))
+            report.add_peer(target.case, others.ask(name, target.peer_call, seconds))
 
 
 def main(arguments: Arguments) -> int:
     """Checks, prints and writes; 1 if anything failed."""
     console = Console(highlight=False, soft_wrap=True)
     deadline = time.monotonic() + arguments.limit_seconds
+
+    def left() -> float:
+        return deadline - time.monotonic()
+
     cases, absent = collect()
     report = Report(select(cases, arguments.only), targets(), absent, on_gpu.missing())
     for module, reason in absent.items():
         console.print(f"{module}: {reason}")
+    # Whoever cuts the run off before its first result finds no older run's in its place.
+    report.write(arguments.out)
     if report.no_gpu is None and {"numbers", "times"} & set(arguments.gates):
-        on_the_gpu(arguments, report, deadline, console)
+        on_the_gpu(arguments, report, left, console)
     for gate in (gate for gate in arguments.gates if gate in GATES):
-        for verdict in run(
-            gate,
-            report.cases,
-            workers=arguments.workers,
-            seconds=arguments.case_seconds,
-            go_on=lambda: time.monotonic() < deadline,
-        ):
+        for verdict in run(gate, report.cases, workers=arguments.workers, seconds=arguments.case_seconds, left=left):
             report.add_verdict(verdict)
             if verdict.passed is not None:
                 outcome = "ok" if verdict.passed else f"FAIL {verdict.reason}"

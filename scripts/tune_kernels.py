@@ -36,7 +36,7 @@ class Arguments:
     only: str = ""
     """Words that a candidate's operation, backend and name must hold."""
     limit_seconds: float = 480.0
-    """Nothing starts later than this; what was not pruned by then is timed, or pruned by the next run."""
+    """Everything ends at this time; what was not pruned by then is timed, or pruned by the next run."""
     workers: int = max((os.cpu_count() or 2) - 2, 1)
     """Processes that compile."""
     pruned: Path = ROOT / "docs" / "results" / "tuning_pruned.json"
@@ -57,7 +57,7 @@ def prune(
         "compile",
         [candidate.case for candidate in by_case.values()],
         workers=arguments.workers,
-        go_on=lambda: time.monotonic() < deadline,
+        left=lambda: deadline - time.monotonic(),
         source="pallas_kernels.checks.tune:candidate_cases",
     )
     for verdict in verdicts:
@@ -75,7 +75,7 @@ def fastest(
     for candidate in candidates:
         if time.monotonic() > deadline:
             return None
-        result = gpu.run(candidate.case)
+        result = gpu.run(candidate.case, left=lambda: deadline - time.monotonic())
         if result.passed and result.seconds is not None:
             times.append((result.seconds, candidate))
         took = "" if result.seconds is None else f" {1e3 * result.seconds:.3f} ms"

@@ -118,4 +118,6 @@ def merged(parts: Sequence[tuple[jax.Array, jax.Array]], sinks: jax.Array | None
     if sinks is None:
         return out, lse
     total = jnp.logaddexp(lse, sinks.astype(jnp.float32))
-    return out * jnp.exp(lse - total)[..., None].astype(out.dtype), total
+    # A query that sees nothing, with a sink of minus infinity: their difference would be NaN.
+    share = jnp.exp(lse - jnp.where(jnp.isfinite(total), total, 0.0))
+    return out * share[..., None].astype(out.dtype), total

@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.append import reference
+from pallas_kernels.validation import floats, integers
 
 
 class Pools(NamedTuple):
@@ -47,15 +49,58 @@ def append(
         a sequence in the same slot. What has no page is dropped.
       positions: int32[B, T]. layer: int32[1], the layer's place within a page.
       frequencies: float32[R / 2], radians per position of each pair (i, i + R / 2) of the last R channels.
+
+    Raises:
+      ValueError: an argument is not as described.
     """
-    rows, heads_per_page = block_table.shape[1], pools.k.shape[2]
-    if slots.shape != (k.shape[0], rows, k.shape[1]) or positions.shape != k.shape[:2]:
+    block_table, slots, positions, layer = _validate(
+        pools, k, v, block_table, slots, positions, layer=layer, frequencies=frequencies
+    )
+    return Pools(*reference.append(*pools, k, v, block_table, slots, positions, layer=layer, frequencies=frequencies))
+
+
+def _validate(
+    pools: Pools,
+    k: jax.Array,
+    v: jax.Array | None,
+    table: jax.Array,
+    slots: jax.Array,
+    positions: jax.Array,
+    *,
+    layer: jax.Array,
+    frequencies: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """block_table, slots, positions and layer as int32."""
+    if k.ndim != 4 or table.ndim != 3 or pools.k.ndim != 5:
         raise ValueError(
-            f"append takes slots {(k.shape[0], rows, k.shape[1])} and positions {k.shape[:2]}, "
-            f"got {slots.shape} and {positions.shape}"
+            "append takes k[B,T,K,D], block_table[B,K or 1,N] and pools [P,layers,heads,page,D]; "
+            f"got {k.shape}, {table.shape} and {pools.k.shape}"
         )
-    if k.shape[2] != max(rows, heads_per_page) or (rows > 1 and heads_per_page != 1):
-        raise ValueError(f"{k.shape[2]} KV heads do not fit {rows} rows and {heads_per_page} heads per page")
+    batch, tokens, kv_heads, width = k.shape
+    rows, heads_per_page = table.shape[1], pools.k.shape[2]
+    if kv_heads != max(rows, heads_per_page) or (rows > 1 and heads_per_page != 1):
+        raise ValueError(f"{kv_heads} KV heads do not fit {rows} rows and {heads_per_page} heads per page")
     if (v is None) != (pools.v is None):
         raise ValueError("append takes values if and only if there is a pool for them")
-    return Pools(*reference.append(*pools, k, v, block_table, slots, positions, layer=layer, frequencies=frequencies))
+    for name, new, pool, scale in (("k", k, pools.k, pools.k_scale), ("v", v, pools.v, pools.v_scale)):
+        if new is None or pool is None:
+            continue
+        if new.shape[:3] != k.shape[:3] or pool.shape != (*pools.k.shape[:4], new.shape[-1]):
+            raise ValueError(
+                f"a pool must be {(*pools.k.shape[:4], 'D')} for new vectors {(*k.shape[:3], 'D')}, "
+                f"got {name} {new.shape} and its pool {pool.shape}"
+            )
+        if (scale is not None) != (pool.dtype == jnp.int8):
+            raise ValueError(f"a pool of int8, and no other, takes a scale per vector; the {name} pool is {pool.dtype}")
+        if scale is not None:
+            floats(scale, pool.shape[:4], f"{name}_scale")
+    if frequencies.ndim != 1 or 2 * frequencies.shape[0] > width:
+        raise ValueError(
+            f"frequencies must be of up to {width // 2} pairs of a key's channels, got {frequencies.shape}"
+        )
+    return (
+        integers(table, (batch, rows, table.shape[2]), "block_table"),
+        integers(slots, (batch, rows, tokens), "slots"),
+        integers(positions, (batch, tokens), "positions"),
+        integers(layer, (1,), "layer"),
+    )

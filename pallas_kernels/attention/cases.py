@@ -1,4 +1,4 @@
-"""The shapes at which the dense kernels for Hopper are proven: every configuration, and every kind of mask."""
+"""The shapes at which the dense kernels for Hopper, and cuDNN's, are proven: every configuration and kind of mask."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 from pallas_kernels.attention.api import attention
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.numerics import GRADIENT_TOLERANCE, TOLERANCES
+
+CUDNN_DEVICES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "12.0")
 
 
 def cases() -> Iterable[Case]:
@@ -30,6 +32,15 @@ def cases() -> Iterable[Case]:
     )
     narrow: dict[str, Any] = dict(window=30, soft_cap=2.0, dtype="float16")
     yield _case("gradient window cap f16 d256", "small", (1, 65, 65, 1, 1, 256, 256), gradient=True, **narrow)
+    yield _case(
+        "gradient not causal ragged positions d64",
+        "small",
+        (1, 65, 130, 2, 1, 64, 64),
+        gradient=True,
+        causal=False,
+        lengths=(100,),
+        positions=True,
+    )
     for key, value in ((64, 64), (128, 128), (192, 128), (256, 256)):
         width = f"d{key}" if key == value else f"d{key}/{value}"
         shape = (2, 4096, 4096, 16, 4, key, value)
@@ -44,6 +55,26 @@ def cases() -> Iterable[Case]:
     yield _case("d128 not causal", "full", (2, 4096, 4096, 16, 16, 128, 128), causal=False)
     yield _case("gradient d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), gradient=True, lengths=(1000, 513))
     yield _case("gradient d128 segments", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, segments=True)
+    yield _case("gradient d128 positions", "full", (2, 1000, 3000, 8, 8, 128, 128), gradient=True, positions=True)
+    yield _case("gradient d128 not causal", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, causal=False)
+    yield from _cudnn_cases()
+
+
+def _cudnn_cases() -> Iterable[Case]:
+    """What cuDNN serves, for GPUs: nothing of it can be shown without one."""
+    for gradient in (False, True):
+        what = "cudnn gradient" if gradient else "cudnn"
+        given: dict[str, Any] = dict(gradient=gradient, backend="cudnn")
+        for width in (64, 128, 256):
+            # Widths over 128 need compute capability 9.0.
+            since = CUDNN_DEVICES if width <= 128 else CUDNN_DEVICES[4:]
+            yield _case(
+                f"{what} d{width} group4 causal", "full", (2, 4096, 4096, 16, 4, width, width), **given, device=since
+            )
+        yield _case(f"{what} d128 f16", "full", (2, 2048, 2048, 16, 4, 128, 128), dtype="float16", **given)
+        yield _case(f"{what} d128 not causal", "full", (2, 1000, 2048, 16, 4, 128, 128), causal=False, **given)
+        yield _case(f"{what} d128 ragged", "full", (4, 1000, 1000, 8, 2, 128, 128), lengths=(1000, 1, 0, 513), **given)
+        yield _case(f"{what} d128 window", "full", (2, 2048, 2048, 8, 2, 128, 128), window=300, **given)
 
 
 def _case(
@@ -60,6 +91,8 @@ def _case(
     positions: bool = False,
     segments: bool = False,
     sinks: bool = False,
+    backend: str = "mosaic_gpu",
+    device: tuple[str, ...] | None = None,
 ) -> Case:
     """shape: (B, T, S, H, K, D, Dv). sinks: one column more for each head, let in afterwards by the log-sum-exp."""
     batch, queries, keys, heads, kv_heads, width, value_width = shape
@@ -106,10 +139,10 @@ def _case(
     return Case(
         name=name,
         operation="attention gradient" if gradient else "attention",
-        backend="mosaic_gpu",
+        backend=backend,
         size=size,
         inputs=inputs,
-        call=run("mosaic_gpu"),
+        call=run(backend),
         reference=wide,
         tolerance=GRADIENT_TOLERANCE if gradient else TOLERANCES[dtype],
         # What a mask of data hides is not known here.
@@ -117,6 +150,7 @@ def _case(
         if lengths or positions or segments
         else 2.0 * batch * heads * seen * (width + value_width) * (3.5 if gradient else 1.0),
         baseline=run("xla"),
+        device=device or (("9.0",) if backend == "mosaic_gpu" else CUDNN_DEVICES),
     )
 
 

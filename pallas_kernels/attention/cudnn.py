@@ -40,7 +40,7 @@ def unsupported(
     if {q.dtype, k.dtype, v.dtype} not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}):
         return f"takes bfloat16 or float16 throughout, got {q.dtype}, {k.dtype} and {v.dtype}"
     width = q.shape[3]
-    most = 128 if (compute_capability() or "9.0") < "9.0" else 256
+    most = 128 if compute_capability() is not None and lacks(least="9.0") else 256
     if width != v.shape[3]:
         return f"takes keys and values of one width, got {width} and {v.shape[3]}"
     if width > most or width % 8:

@@ -58,9 +58,9 @@ def attention(
     mask = _mask(q, k, causal, window, lengths, segment_ids, positions, q_positions)
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if lengths is not None or positions is not None:
-        # Padding may hold anything, NaN too, and a weight of 0 does not silence a NaN.
+        # Padding may hold anything, NaN too: a weight of 0 does not silence one, nor, going back, does a slope of 0.
         seen = jnp.any(mask, axis=3)[..., None]  # [B, 1, 1, S, 1]
-        values = jnp.where(seen[:, 0], values, 0)
+        keys, values = (jnp.where(seen[:, 0], x, 0) for x in (keys, values))
     return softmax_attention(q, keys, values, mask, scale, soft_cap)
 
 

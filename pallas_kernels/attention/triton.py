@@ -39,8 +39,9 @@ def unsupported(**call: Any) -> str | None:
     for width in (q.shape[3], v.shape[3]):
         if width % 16 or not 16 <= width <= 256:
             return f"widths must be multiples of 16 up to 256, got {width}"
-    if not isinstance(call["scale"], int | float):
-        return "takes a Python number as scale"
+    for name in ("scale", "soft_cap"):
+        if not isinstance(call.get(name), int | float | None):
+            return f"takes a Python number as {name}"
     return None
 
 

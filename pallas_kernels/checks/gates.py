@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import queue
 import re
@@ -121,11 +122,13 @@ def serve(gate: str, source: str) -> None:
             print(json.dumps(dataclasses.asdict(check(gate, cases[line.strip()]))), file=answers, flush=True)
 
 
-def _ask(worker: Process, gate: str, name: str, seconds: float) -> Verdict:
+def _ask(worker: Process, gate: str, name: str, seconds: float, left: Callable[[], float]) -> Verdict:
     begun = time.perf_counter()
     try:
-        answer = json.loads(worker.ask(name, seconds))
+        answer = json.loads(worker.ask(name, min(seconds, left())))
     except Lost as lost:
+        if left() <= 0:
+            return Verdict(name, gate, None, OUT_OF_TIME)
         return Verdict(name, gate, False, str(lost), round(time.perf_counter() - begun, 2), lost=True)
     return Verdict(**{**answer, "found": tuple(answer["found"])})
 
@@ -136,14 +139,14 @@ def run(
     *,
     workers: int = 1,
     seconds: float = SECONDS,
-    go_on: Callable[[], bool] = lambda: True,
+    left: Callable[[], float] = lambda: math.inf,
     source: str = "pallas_kernels.checks.collect:every_case",
 ) -> Iterator[Verdict]:
     """The verdicts of one gate on many cases, as they come, from `workers` processes.
 
     Args:
       seconds: what one case may take.
-      go_on: asked before every case; once it says no, the rest is "not run".
+      left: seconds until all must be over; then the rest is "not run", and so is what was begun and not ended.
       source: the `module:function` that gives these cases, by which a process finds them.
     """
     todo: queue.SimpleQueue[Sequence[Case]] = queue.SimpleQueue()
@@ -155,7 +158,9 @@ def run(
     def verdict(worker: Process, case: Case) -> Verdict:
         if (reason := applies(gate, case)) is not None:
             return Verdict(case.name, gate, None, reason)
-        return _ask(worker, gate, case.name, seconds) if go_on() else Verdict(case.name, gate, None, OUT_OF_TIME)
+        return (
+            _ask(worker, gate, case.name, seconds, left) if left() > 0 else Verdict(case.name, gate, None, OUT_OF_TIME)
+        )
 
     def work() -> None:
         # Without a GPU in sight, so that one at work is left alone; nothing from an earlier run.

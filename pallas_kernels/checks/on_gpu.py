@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 from pallas_kernels import tuning
 from pallas_kernels.checks import timing
 from pallas_kernels.checks.case import Case
-from pallas_kernels.checks.gates import brief
+from pallas_kernels.checks.gates import OUT_OF_TIME, brief
 from pallas_kernels.checks.lowering import shapes
 from pallas_kernels.checks.numerics import compare
 from pallas_kernels.checks.process import Lost, Process, answering
@@ -166,18 +167,24 @@ class Gpu:
         """Ends the process."""
         self._process.close()
 
-    def run(self, case: Case, seconds: float = SECONDS) -> Result:
-        """Compares and times a case; whatever happens to the process is the finding."""
+    def run(self, case: Case, seconds: float = SECONDS, left: Callable[[], float] = lambda: math.inf) -> Result:
+        """Compares and times a case; whatever happens to the process is the finding.
+
+        left: seconds until all must be over; a case that has not ended by then is not run.
+        """
+
+        def ask(question: str, most: float) -> str:
+            return self._process.ask(question, min(most, left()))
+
         try:
             if not self._process.running:
-                left = self._names[self._names.index(case.name) :]
-                begin = json.dumps({**self._asked, "cases": left})
-                found = json.loads(self._process.ask(begin, COMPILE_SECONDS))
+                todo = self._names[self._names.index(case.name) :]
+                found = json.loads(ask(json.dumps({**self._asked, "cases": todo}), COMPILE_SECONDS))
                 self.ceilings = None if found is None else timing.Ceilings(**found)
-            self._process.ask(f"prepare {case.name}", COMPILE_SECONDS)
-            answer = json.loads(self._process.ask(f"measure {case.name}", seconds))
+            ask(f"prepare {case.name}", COMPILE_SECONDS)
+            answer = json.loads(ask(f"measure {case.name}", seconds))
         except Lost as lost:
-            return Result(False, str(lost))
+            return Result(None, OUT_OF_TIME) if left() <= 0 else Result(False, str(lost))
         return Result(**{**answer, "differences": tuple(answer["differences"])})
 
 

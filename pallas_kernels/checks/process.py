@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import IO
 
@@ -110,9 +111,17 @@ def _read(source: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
     lines.put(None)
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process, whatever it waits for, once the one that asks has gone: a hung kernel would keep the GPU."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def answering() -> Iterator[tuple[IO[str], IO[str]]]:
     """The process's own side: where questions come from, and where answers go; whatever else is printed does not."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers, sys.stdout = sys.stdout, sys.stderr
     print(_READY, file=answers, flush=True)
     yield sys.stdin, answers

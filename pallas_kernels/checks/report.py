@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.checks.case import Case
+from pallas_kernels.checks.files import replace
 from pallas_kernels.checks.gates import GATES, Verdict
 from pallas_kernels.checks.on_gpu import Result
 from pallas_kernels.checks.peers import Peer
@@ -179,15 +180,8 @@ class Report:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"kernels_{device_name(device_kind())}.json"
-        _replace(path, json.dumps(self.as_json(), indent=1) + "\n")
-        _replace(path.with_suffix(".md"), page(self))
+        replace(path, json.dumps(self.as_json(), indent=1) + "\n")
+        replace(path.with_suffix(".md"), page(self))
         if any(row.gates["compile"].found for row in self.rows.values() if "compile" in row.gates):
-            _replace(folder / "kernels_aot.md", compiled_page(self))
+            replace(folder / "kernels_aot.md", compiled_page(self))
         return path
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file at once: whoever cuts the run off finds the old one or the new one, whole."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    beside.replace(path)

@@ -22,6 +22,7 @@ import pallas_kernels
 from pallas_kernels import tuning
 from pallas_kernels.checks import lowering, workloads
 from pallas_kernels.checks.case import Case
+from pallas_kernels.checks.files import replace
 from pallas_kernels.checks.gates import Verdict, brief
 from pallas_kernels.tuning import Key, bucket
 
@@ -204,8 +205,7 @@ class Pruned:
             "reason": verdict.reason,
             "fingerprint": fingerprint(candidate.workload.key.kernel),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.verdicts, indent=1, sort_keys=True) + "\n")
+        replace(self.path, json.dumps(self.verdicts, indent=1, sort_keys=True) + "\n")
 
 
 def invalid(operation: str, held: Mapping[str, Any]) -> str | None:
@@ -238,6 +238,5 @@ def write_table(path: Path, device: str, entries: Sequence[Mapping[str, Any]]) -
     held = json.loads(path.read_text())["entries"] if path.is_file() else []
     fresh = [one["key"] for one in entries]
     kept = [one for one in held if one["key"] not in fresh]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device, "entries": [*kept, *entries]}, indent=1) + "\n")
+    replace(path, json.dumps({"device": device, "entries": [*kept, *entries]}, indent=1) + "\n")
     tuning.table.cache_clear()

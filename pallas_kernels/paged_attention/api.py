@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import choose
 from pallas_kernels.paged_attention import blocks, mosaic_gpu, reference, triton
 from pallas_kernels.paged_attention.reference import numbers
+from pallas_kernels.paged_attention.validation import validated
+from pallas_kernels.validation import floats
 
 BACKENDS = {
     "mosaic_gpu": vars(mosaic_gpu),
@@ -50,7 +52,8 @@ def paged_attention(
         byte in W = D / n bytes: byte i holds columns i, i + W, ... from its low bits up, of values as of keys.
         uint16 is taken for the bits of bfloat16, and uint8 of width D with a scale per vector and no minimum for those
         of float8_e4m3fn: CPUs hold these so, because they can scatter them.
-      block_table: int32[B, K or 1, N], -1 is no page. lengths: int32[B, K or 1], slots in use, whatever their order.
+      block_table: int32[B, K or 1, N], -1 is no page. lengths: int32[B, K or 1], slots in use, whatever their order;
+        those beyond the table are not there.
       layer: int32[1], the layer's place within a page; traced, so that one compilation serves all layers.
       positions: int32[B, K or 1, N * page], where each slot's token stands, -1 skips it; None: the slot's own index.
       q_positions: int32[B, T], -1 is padding; None: the last T positions before `lengths`.
@@ -61,26 +64,32 @@ def paged_attention(
 
     Returns:
       out [B, T, H, Dv] in q's dtype; lse float32[B, T, H], natural log. A query that sees nothing gets 0 and -inf.
+
+    Raises:
+      ValueError: an argument is not as described, or there is no such backend.
+      NotImplementedError: the backend asked for cannot serve the call, for the reason given.
     """
-    _validate(q, k_pool, block_table, lengths, layer)
-    if backend not in TAKE_BITS:
-        k_pool = numbers(k_pool, k_scale, k_min)
-        v_pool = None if v_pool is None else numbers(v_pool, v_scale, v_min)
     if (v_pool is None) == (value_dim is None):
         raise ValueError("paged_attention takes a v_pool, or v_pool=None and value_dim")
     options: dict[str, Any] = dict(
         layer=layer,
         positions=positions,
-        q_positions=_queries(q, lengths, q_positions),
+        q_positions=q_positions,
         window=window,
         soft_cap=soft_cap,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         value_dim=value_dim,
         k_scale=k_scale,
         k_min=k_min,
         v_scale=v_scale,
         v_min=v_min,
     )
+    pools = {"k_pool": k_pool} if v_pool is None else {"k_pool": k_pool, "v_pool": v_pool}
+    block_table, lengths, options = validated(q, pools, block_table, lengths, options)
+    options["q_positions"] = _queries(q, lengths, options["q_positions"])
+    if backend not in TAKE_BITS:
+        k_pool = numbers(k_pool, k_scale, k_min)
+        v_pool = None if v_pool is None else numbers(v_pool, v_scale, v_min)
     call = choose(
         "paged_attention", BACKENDS, backend, q=q, k_pool=k_pool, v_pool=v_pool, block_table=block_table, **options
     )
@@ -112,22 +121,28 @@ def paged_weights(
 
     Returns:
       float32[B, K, S], summed over the query heads of each KV head and over rows; 0 in slots nobody sees.
+
+    Raises:
+      ValueError, NotImplementedError: as `paged_attention`.
     """
-    _validate(q, k_pool, block_table, lengths, layer)
-    if backend not in TAKE_BITS:
-        k_pool = numbers(k_pool, k_scale, k_min)
     options: dict[str, Any] = dict(
         lse=lse,
         row_weights=row_weights,
         layer=layer,
         positions=positions,
-        q_positions=_queries(q, lengths, q_positions),
+        q_positions=q_positions,
         window=window,
         soft_cap=soft_cap,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         k_scale=k_scale,
         k_min=k_min,
     )
+    block_table, lengths, options = validated(q, {"k_pool": k_pool}, block_table, lengths, options)
+    options["q_positions"] = _queries(q, lengths, options["q_positions"])
+    floats(lse, q.shape[:3], "lse")
+    floats(row_weights, q.shape[:2], "row_weights")
+    if backend not in TAKE_BITS:
+        k_pool = numbers(k_pool, k_scale, k_min)
     call = choose("paged_weights", BACKENDS, backend, q=q, k_pool=k_pool, block_table=block_table, **options)
     return call(q, k_pool, block_table, lengths, **options)
 
@@ -136,18 +151,3 @@ def _queries(q: jax.Array, lengths: jax.Array, q_positions: jax.Array | None) ->
     if q_positions is not None:
         return q_positions
     return jnp.max(lengths, axis=1, keepdims=True) - q.shape[1] + jnp.arange(q.shape[1])
-
-
-def _validate(q: jax.Array, k_pool: jax.Array, table: jax.Array, lengths: jax.Array, layer: jax.Array) -> None:
-    if q.ndim != 4 or k_pool.ndim != 5 or table.ndim != 3:
-        raise ValueError(
-            "paged attention takes q[B,T,H,D], pools [P,layers,heads,page,D] and block_table[B,K or 1,N]; "
-            f"got {q.shape}, {k_pool.shape} and {table.shape}"
-        )
-    if lengths.shape != table.shape[:2] or layer.shape != (1,):
-        raise ValueError(f"lengths must be {table.shape[:2]} and layer (1,), got {lengths.shape} and {layer.shape}")
-    kv_heads = table.shape[1] if table.shape[1] > 1 else k_pool.shape[2]
-    if table.shape[1] > 1 and k_pool.shape[2] != 1:
-        raise ValueError(f"a row per head needs heads_per_page 1, got {k_pool.shape[2]}")
-    if q.shape[2] % kv_heads:
-        raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[2]} and {kv_heads}")

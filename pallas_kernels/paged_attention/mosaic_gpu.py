@@ -116,6 +116,9 @@ def unsupported(**call: Any) -> str | None:
     q, pools = call["q"], {"k_pool": call["k_pool"]}
     if call.get("v_pool") is not None:
         pools["v_pool"] = call["v_pool"]
+    for name in ("scale", "soft_cap"):
+        if not isinstance(call.get(name), int | float | None):
+            return f"takes a Python number as {name}"
     if q.dtype.name not in DTYPES:
         return f"queries must be one of {', '.join(DTYPES)}, got {q.dtype.name}"
     for name, pool in pools.items():

@@ -53,6 +53,9 @@ def unsupported(**call: Any) -> str | None:
     q, pools = call["q"], [call["k_pool"], call.get("v_pool")]
     if (reason := triton_call.absent()) is not None:
         return reason
+    for name in ("scale", "soft_cap"):
+        if not isinstance(call.get(name), int | float | None):
+            return f"takes a Python number as {name}"
     if q.dtype.name not in triton_call.DTYPES:
         return f"queries must be one of {', '.join(triton_call.DTYPES)}, got {q.dtype.name}"
     for name, pool in zip("kv", pools, strict=True):

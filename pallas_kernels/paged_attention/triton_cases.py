@@ -42,6 +42,7 @@ TINY = Shape(batch=3, heads=4, kv_heads=2, width=32, page=16, entries=5, dtype="
 """For Triton's interpreter, which has no bfloat16 products."""
 SMALL = {
     "decode": TINY,
+    "decode lengths around a page": around_a_page(TINY),
     "decode rows per head, window, soft cap": dataclasses.replace(TINY, row_per_head=True, window=20, soft_cap=5.0),
     "decode positions, window": dataclasses.replace(TINY, ordered=False, window=90),
     "decode mla": dataclasses.replace(TINY, kv_heads=1, width=80, value=64),
@@ -65,7 +66,15 @@ SMALL = {
     "chunk int4": dataclasses.replace(TINY, width=64, tokens=20, codes="int4"),
     "chunk kivi 2 bits": dataclasses.replace(TINY, width=64, tokens=20, codes="kivi2", page=32, entries=4),
 }
-SMALL_WEIGHTS = ("decode", "decode positions, window", "decode int8", "chunk", "decode int4", "decode kivi 2 bits")
+SMALL_WEIGHTS = (
+    "decode",
+    "decode rows per head, window, soft cap",
+    "decode positions, window",
+    "decode int8",
+    "chunk",
+    "decode int4",
+    "decode kivi 2 bits",
+)
 LATENT = Shape(batch=16, heads=128, kv_heads=1, width=576, value=512)
 KIVI = Shape(codes="kivi2", page=32, entries=256)
 FULL = {
@@ -84,6 +93,7 @@ FULL = {
     "decode d128 int8": Shape(codes="int8"),
     "decode d128 fp8": Shape(codes="float8_e4m3fn"),
     "decode d256 int8": Shape(width=256, codes="int8"),
+    "decode mla positions, window": dataclasses.replace(LATENT, heads=16, ordered=False, window=8192),
     **{f"decode mla {heads} heads": dataclasses.replace(LATENT, heads=heads) for heads in (16, 32, 64, 128)},
     "decode mla 16 heads int8": dataclasses.replace(LATENT, heads=16, codes="int8"),
     "decode mla 128 heads int8": dataclasses.replace(LATENT, codes="int8"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.merge import merge
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.shared_prefix.packing import pack
+from pallas_kernels.validation import integers, not_empty
 
 ROWS, LEAST_SHARERS = 64, 4
 """Queries of one KV head that a product on Hopper takes at once, and sequences packed whatever that gives."""
@@ -62,8 +63,18 @@ def shared_prefix(
 
     Returns:
       out [B, T, H, Dv] in q's dtype; lse float32[B, T, H]. A query that sees nothing gets 0 and -inf.
+
+    Raises:
+      ValueError, NotImplementedError: as `paged_attention`.
     """
-    _validate(q, prefix_table, prefix_lengths, group, block_table)
+    checked = _validate(q, k_pool, prefix_table, prefix_lengths, group, block_table, sharers)
+    prefix_table, prefix_lengths, group = checked
+    if prefix_positions is not None:
+        places = (*prefix_lengths.shape, prefix_table.shape[2] * k_pool.shape[3])
+        prefix_positions = integers(prefix_positions, places, "prefix_positions")
+    lengths = integers(lengths, block_table.shape[:2], "lengths")
+    if q_positions is not None:
+        q_positions = integers(q_positions, q.shape[:2], "q_positions")
     batch, tokens, heads, width = q.shape
     kv_heads = max(block_table.shape[1], k_pool.shape[2])
     largest = min(largest or batch, batch)
@@ -115,15 +126,27 @@ def shared_prefix(
 
 
 def _validate(
-    q: jax.Array, prefix_table: jax.Array, prefix_lengths: jax.Array, group: jax.Array, block_table: jax.Array
-) -> None:
-    if q.ndim != 4 or prefix_table.ndim != 3 or block_table.ndim != 3 or group.shape != q.shape[:1]:
+    q: jax.Array,
+    k_pool: jax.Array,
+    prefix_table: jax.Array,
+    prefix_lengths: jax.Array,
+    group: jax.Array,
+    block_table: jax.Array,
+    sharers: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The prefixes' table and lengths and the groups as int32. What `paged_attention` checks too is left to it."""
+    if q.ndim != 4 or k_pool.ndim != 5 or prefix_table.ndim != 3 or block_table.ndim != 3:
         raise ValueError(
-            "shared_prefix takes q[B,T,H,D], prefix_table[G,K or 1,Np], group[B] and block_table[B,K or 1,N]; "
-            f"got {q.shape}, {prefix_table.shape}, {group.shape} and {block_table.shape}"
+            "shared_prefix takes q[B,T,H,D], pools [P,layers,heads,page,D], prefix_table[G,K or 1,Np] and "
+            f"block_table[B,K or 1,N]; got {q.shape}, {k_pool.shape}, {prefix_table.shape} and {block_table.shape}"
         )
-    if prefix_lengths.shape != prefix_table.shape[:2] or prefix_table.shape[1] != block_table.shape[1]:
-        raise ValueError(
-            f"prefix_lengths must be {prefix_table.shape[:2]}, with as many rows as block_table has; "
-            f"got {prefix_lengths.shape} and {block_table.shape[1]} rows"
-        )
+    if sharers is not None and sharers < 1:
+        raise ValueError(f"sharers must be at least 1, got {sharers}")
+    not_empty({"q": q, "k_pool": k_pool, "prefix_table": prefix_table, "block_table": block_table})
+    # As many rows as block_table has.
+    groups, rows = prefix_table.shape[0], block_table.shape[1]
+    return (
+        integers(prefix_table, (groups, rows, prefix_table.shape[2]), "prefix_table"),
+        integers(prefix_lengths, (groups, rows), "prefix_lengths"),
+        integers(group, (q.shape[0],), "group"),
+    )

@@ -104,7 +104,7 @@ def test_pools_given_away_are_written_in_place() -> None:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"slots": np.zeros((1, 1, 2), np.int32)}, "append takes slots"),
+        ({"slots": np.zeros((1, 1, 2), np.int32)}, "slots must be"),
         ({"v": None}, "if and only if there is a pool"),
         ({"k": np.zeros((1, 1, 3, 8), np.float32)}, "3 KV heads do not fit"),
     ],

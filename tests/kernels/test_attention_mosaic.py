@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention
+from pallas_kernels import attention, device
 from pallas_kernels.attention import cudnn, mosaic_gpu, reference
 from pallas_kernels.attention.cases import cases
 from pallas_kernels.attention.spans import key_blocks, query_tiles, spans
@@ -176,6 +176,14 @@ def test_what_a_backend_cannot_do_it_says(backend: Any, changes: dict[str, Any],
     narrow = jax.ShapeDtypeStruct((1, 8, 2, 20), jnp.bfloat16)
     assert "width" in backend.unsupported(narrow, narrow, narrow, **CALL)
     assert "bfloat16" in backend.unsupported(*[jax.ShapeDtypeStruct(q.shape, jnp.float32)] * 3, **CALL)
+
+
+@pytest.mark.parametrize("capability, served", [("8.9", False), ("9.0", True), ("10.0", True), ("12.0", True)])
+def test_cudnn_takes_wide_heads_from_hopper_on(capability: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cudnn, device):
+        monkeypatch.setattr(module, "compute_capability", lambda: capability)
+    q = jax.ShapeDtypeStruct((1, 8, 2, 256), jnp.bfloat16)
+    assert (cudnn.unsupported(q, q, q, **CALL) is None) == served
 
 
 def test_cudnn_is_differentiated_through_its_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:

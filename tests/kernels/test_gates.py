@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.peers import NAMES, Call, Peer, Peers
 from pallas_kernels.checks.report import Report
 from pallas_kernels.checks.targets import Goal, Target
+from pallas_kernels.device import device_kind
 
 BLOCKS, ROWS, COLUMNS, STAGES = 4, 64, 64, 2
 
@@ -255,6 +261,59 @@ def test_a_process_that_hangs_or_dies_costs_only_its_case(tmp_path: Path, monkey
     assert [verdicts[name].passed for name in ("hangs", "dies", "works")] == [False, False, True]
 
 
+def test_what_has_not_ended_in_time_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cases = [dataclasses.replace(FULL, name=name) for name in ("hangs", "works")]
+    end = time.monotonic() + 4
+    verdicts = list(gates.run("lower", cases, left=lambda: end - time.monotonic(), source="stubborn:cases"))
+    assert [(verdict.passed, verdict.reason) for verdict in verdicts] == [(None, gates.OUT_OF_TIME)] * 2
+    with on_gpu.Gpu(cases, 1, times=False, source="stubborn:cases") as gpu:
+        result = gpu.run(cases[1], left=lambda: 0.0)
+    assert (result.passed, result.reason) == (None, gates.OUT_OF_TIME)
+
+
+def test_a_process_that_hangs_ends_with_the_one_that_asked(tmp_path: Path) -> None:
+    """Killed without a chance to tidy up; a kernel that waits for ever would keep the GPU from the next run."""
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    (tmp_path / "asks.py").write_text(ASKS)
+    paths = os.pathsep.join((str(tmp_path), str(Path(gates.__file__).parents[2])))
+    environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "asks.py")], stdout=subprocess.PIPE, text=True, env=environment
+    ) as asking:
+        assert asking.stdout is not None
+        pid = int(asking.stdout.readline())
+        os.kill(pid, 0)
+        asking.kill()
+    for _ in range(600):
+        if not alive(pid):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it still hangs")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_run_cut_off_before_its_first_result_leaves_no_older_one(tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    from scripts.check_kernels import Arguments, main
+
+    path = tmp_path / f"kernels_{tuning.device_name(device_kind())}.json"
+    path.write_text("of an older run")
+    only = "attention mosaic_gpu causal d64"
+    assert main(Arguments(gates=("lower",), only=only, limit_seconds=0, out=tmp_path)) == 0
+    found = json.loads(path.read_text())
+    assert {case["gates"]["compile"] for case in found["cases"]} == {"not run"}
+    assert gates.OUT_OF_TIME in {case["gates"]["lower"]["reason"] for case in found["cases"]}
+    assert main(Arguments(gates=("lower",), only=only, limit_seconds=0, complete=True, out=tmp_path)) == 1
+
+
 def test_a_kernel_that_hangs_on_the_device_costs_only_its_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -374,4 +433,16 @@ def waits(x):
 def cases():
     for name, call in (("hangs", hangs), ("dies", dies), ("waits", waits), ("works", lambda x: x)):
         yield Case(name, "toy", "mosaic_gpu", "full", lambda seed: (jnp.ones(2),), call, call, 1e-6)
+"""
+
+ASKS = """
+import threading, time
+from pallas_kernels.checks.process import Process
+
+with Process("pallas_kernels.checks.gates", "lower", "stubborn:cases") as process:
+    process.ask("works", 300)
+    threading.Thread(target=process.ask, args=("hangs", 600), daemon=True).start()
+    time.sleep(1)
+    print(process._process.pid, flush=True)
+    time.sleep(600)
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from pallas_kernels.checks import interpret
 from pallas_kernels.checks.numerics import LSE_TOLERANCE, TOLERANCES, absolute_error, relative_error
 from pallas_kernels.paged_attention import cases, mosaic_gpu
 from pallas_kernels.paged_attention.mosaic_plan import MARGIN, SHARED_MEMORY, attention_plan, splits_for
-from pallas_kernels.paged_attention.shapes import Shape, attend, inputs
+from pallas_kernels.paged_attention.shapes import Shape, attend, inputs, weigh
 
 LAYERS, LAYER, PAGE, PAGES = 2, 1, 16, 9
 LENGTHS = (PAGE * PAGES - 5, PAGE + 1, PAGE, PAGE - 1, 1, 0)
@@ -289,6 +290,36 @@ def test_without_a_hopper_gpu_another_backend_serves() -> None:
         batch.q, batch.k_pool, batch.v_pool, batch.table, batch.lengths, layer=jnp.array([LAYER]), scale=SCALE
     )
     assert relative_error(np.asarray(out, np.float32), batch.expected()[0]) < TOLERANCES["bfloat16"]
+
+
+def uses(jaxpr: Any, shapes: set[tuple[int, ...]]) -> Iterator[str]:
+    """The names of the primitives that touch an array of such a shape, in the order of the program."""
+    for equation in jaxpr.eqns:
+        parts = [
+            x for value in equation.params.values() for x in (value if isinstance(value, tuple | list) else [value])
+        ]
+        inner = [getattr(part, "jaxpr", part) for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
+        if not inner and any(getattr(x.aval, "shape", None) in shapes for x in equation.invars):
+            yield equation.primitive.name
+        for part in inner:
+            yield from uses(part, shapes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tokens": 40}, {"kv_heads": 1, "width": 192, "value": 128}, {"codes": "int8"}]
+)
+@pytest.mark.parametrize("call", [attend, weigh])
+def test_a_pool_however_large_is_read_by_copies_that_take_a_coordinate_for_each_axis(
+    call: Any, changes: dict[str, Any]
+) -> None:
+    """The copy engine's descriptor holds strides of 64 bits: no kernel computes an address within a pool."""
+    shape = Shape(**{**dict(batch=2, heads=4, kv_heads=2, width=64, page=32, entries=3, pages=2**20), **changes})
+    if call is weigh and shape.value:
+        shape = dataclasses.replace(shape, value=0)
+    arguments = jax.eval_shape(lambda: inputs(shape)(0))
+    pools = {x.shape for x in (arguments[1], *arguments[8:10]) if x is not None}
+    found = set(uses(jax.make_jaxpr(call(shape, "mosaic_gpu"))(*arguments).jaxpr, pools))
+    assert found == {"copy_gmem_to_smem"}
 
 
 def test_every_plan_fits_in_shared_memory_with_stages_for_both_consumers() -> None:

@@ -348,6 +348,32 @@ def test_lengths_positions_and_segments_hide_what_they_say() -> None:
     close(attention(case.q, case.k, case.v, positions=positions, q_positions=positions)[0], placed[0])
 
 
+def test_queries_that_are_not_causal_see_all_keys_however_few() -> None:
+    case = make(lengths=(24, 24), tokens=24)
+    k, v = case.k[:, :5], case.v[:, :5]
+    out, lse, _ = oracle(case.q, k, v, np.ones((2, 24, 5), bool))
+    actual = attention(case.q, k, v, causal=False)
+    close(actual[0], out)
+    close(actual[1], lse)
+    # Causal ones continue the text: the first stand before it.
+    assert np.isneginf(attention(case.q, k, v)[1][:, :19]).all()
+
+
+def test_gradients_know_nothing_of_padded_keys() -> None:
+    case, lengths = make(lengths=(24, 24), tokens=24), np.array([10, 24])
+    beyond = (np.arange(24) >= lengths[:, None])[..., None, None]
+
+    def gradients(k: np.ndarray, v: np.ndarray) -> Any:
+        def loss(*qkv: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(attention(*qkv, lengths=lengths, soft_cap=3.0)[0]))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(case.q, k, v)
+
+    spoilt = gradients(np.where(beyond, np.nan, case.k), np.where(beyond, np.nan, case.v))
+    for one, other in zip(spoilt, gradients(case.k, case.v), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_padded_keys_may_hold_nan() -> None:
     case, lengths = make(lengths=(24, 24), tokens=24), np.array([10, 24])
     beyond = (np.arange(24) >= lengths[:, None])[..., None, None]

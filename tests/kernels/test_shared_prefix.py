@@ -196,7 +196,7 @@ def test_every_member_has_one_place_in_a_tile_of_its_group(group: list[int], sha
 
 def test_misshapen_calls_are_refused_with_their_shapes() -> None:
     batch = make()
-    with pytest.raises(ValueError, match="shared_prefix takes"):
+    with pytest.raises(ValueError, match=r"group must be integers of shape \[5\]"):
         batch.both(group=np.zeros((2,), np.int32))
     with pytest.raises(ValueError, match="prefix_lengths must be"):
         batch.both(prefix_lengths=np.zeros((2, 2), np.int32))

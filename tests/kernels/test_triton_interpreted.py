@@ -42,6 +42,15 @@ def test_a_small_case_equals_its_reference(name: str, found: dict[str, Any]) -> 
         assert difference["passed"], difference
 
 
+def test_the_properties_hold() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    properties = Path(__file__).with_name("triton_properties.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(properties)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "skipped" not in done.stdout
+
+
 def test_nothing_is_interpreted_unless_the_environment_said_so_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), triton_interpreter.interpreted():

@@ -249,7 +249,7 @@ def test_a_sink_that_nothing_reaches_is_none(windows, path):
     sunk = dataclasses.replace(config, attention_sinks=True)
 
     def bury(name: str, layer: Params) -> None:
-        layer["attention"]["sinks"] = np.full(4, -1e9, np.float32)
+        layer["attention"]["sinks"] = np.full(4, -np.inf, np.float32)
 
     def drop(name: str, layer: Params) -> None:
         del layer["attention"]["sinks"]
