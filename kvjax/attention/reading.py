@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kvjax.attention.calibrated import calibrated_attention, calibrated_weights
 from kvjax.attention.partial import attend_among, covered, fanned, gathered, merged, turned
 from kvjax.attention.selected import selected
+from kvjax.attention.sharded import paged_attention, paged_weights
 from kvjax.cache.calibrated import first_of, read_back, tables_of
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.codecs.calibrated import calibrated
@@ -22,7 +23,6 @@ from kvjax.cache.state import Group
 from kvjax.cache.tail import coded, newest
 from kvjax.cache.write import layer_rows, place_in_page, update_layer_rows
 from kvjax.typing import Rotate, Scoring
-from pallas_kernels import paged_attention, paged_weights
 
 
 class Call(NamedTuple):

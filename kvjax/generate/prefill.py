@@ -21,6 +21,7 @@ from kvjax.cache.calibrated import first_of, keep_first, tables_of
 from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.page_state import ended
 from kvjax.cache.pages import Shortage, late_shortage, reserve
+from kvjax.cache.placement import pinned
 from kvjax.cache.policies.optional import decides, drops_hidden, observes_steps, takes_late
 from kvjax.cache.prompt import keep_prompt
 from kvjax.cache.state import Cache
@@ -230,7 +231,7 @@ def prefill_segment(
         )
         if drops_hidden(layouts[owner].policy):
             prompt = _survivors(prompt, kept[0])
-    return dataclasses.replace(cache, groups=tuple(held)), prompt
+    return pinned(dataclasses.replace(cache, groups=tuple(held))), prompt
 
 
 def _survivors(prompt: Prompt, kept: jax.Array) -> Prompt:
