@@ -1,24 +1,21 @@
-"""Where a cache lies on a mesh: pools by their KV heads, everything else whole on every device."""
+"""Where a cache lies on a mesh: pools by their KV heads, what belongs to sequences with these.
+
+Any sequence may hold any page, so that pools and what is counted of pages lie on every device of the mesh's rows.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 
-from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.layout import GroupLayout
 from kvjax.cache.state import Cache, Group
 from kvjax.partition import AnyMesh, laid, mesh_of
 
-
-def pool_axes(layout: GroupLayout) -> str:
-    """The letters of a pool's first axes, as `kvjax.partition` takes them.
-
-    A select reads pages of single heads by number, and a codec that waits writes them so: across devices, both would
-    gather the pool.
-    """
-    return "" if layout.select is not None or waits(layout.codec) else "PLK"
+ROWS_OF = dict.fromkeys(("table", "length", "position", "victim", "row_state", "settled"), "RB") | {"tail": "LBSK"}
+"""The letters of the first axes of what belongs to sequences; of pages, counts and tables all is whole."""
 
 
 def pinned(cache: Cache, mesh: AnyMesh | None = None) -> Cache:
@@ -30,17 +27,25 @@ def pinned(cache: Cache, mesh: AnyMesh | None = None) -> Cache:
     if mesh is None:
         return cache
 
-    def whole(leaf: jax.Array) -> jax.Array:
-        return laid(leaf, "", mesh)
+    def lie(axes: str, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: laid(leaf, axes, mesh), tree)
 
     def group(held: Group) -> Group:
-        axes = pool_axes(held.layout)
-        k, v = jax.tree.map(lambda leaf: laid(leaf, axes, mesh), (held.k, held.v))
-        return dataclasses.replace(jax.tree.map(whole, held), k=k, v=v)
+        names = [field.name for field in dataclasses.fields(held) if field.name != "layout"]
+        axes = dict.fromkeys(names, "") | ROWS_OF | {name: pool_axes(held.layout) for name in ("k", "v")}
+        return dataclasses.replace(held, **{name: lie(axes[name], getattr(held, name)) for name in names})
 
     return Cache(
         tuple(map(group, cache.groups)),
-        whole(cache.seen),
-        jax.tree.map(whole, cache.recurrent),
+        lie("B", cache.seen),
+        lie("B", cache.recurrent),
         tuple(map(group, cache.context)),
     )
+
+
+def pool_axes(layout: GroupLayout) -> str:
+    """The letters of a pool's first axes, as `kvjax.partition` takes them.
+
+    A select sees the pool flat, as pages of single heads: these lie on all devices, or each step would gather them.
+    """
+    return "PLK" if layout.select is None else ""

@@ -43,7 +43,8 @@ def default_chunk() -> int:
 @functools.partial(jax.jit, donate_argnames="cache")
 def reserve_pages(cache: Cache, n: jax.Array) -> tuple[Cache, Shortage]:
     """`reserve`, compiled; consumes the cache."""
-    return reserve(cache, n)
+    cache, shortage = reserve(cache, n)
+    return pinned(cache), shortage
 
 
 @functools.partial(jax.jit, static_argnames=("config", "attend"), donate_argnames=("cache", "last"))

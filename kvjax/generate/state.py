@@ -68,7 +68,10 @@ def make_cache(
     return cache if mesh is None else pinned(cache, mesh)
 
 
-resize_cache = functools.partial(jax.jit, static_argnames="pages")(resize)
+@functools.partial(jax.jit, static_argnames="pages")
+def resize_cache(cache: Cache, pages: tuple[tuple[int, int], ...]) -> Cache:
+    """`resize`, compiled."""
+    return pinned(resize(cache, pages))
 
 
 def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
