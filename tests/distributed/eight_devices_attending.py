@@ -29,9 +29,9 @@ from kvjax.train.sharding import put_batch, rules_of
 from kvjax.typing import Params
 
 CONFIG = ModelConfig(
-    vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=10
+    vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=12
 )
-TOKENS, WIDTH, PAGES = 19, 10, 53
+TOKENS, WIDTH, PAGES = 19, 12, 83
 ROWS = np.random.default_rng(0).integers(0, 32, (4, TOKENS)).astype(np.int32)
 MESHES = {
     "data": MeshConfig(("data",), (4,)),
@@ -39,20 +39,22 @@ MESHES = {
     "both": MeshConfig(("data", "tensor"), (2, 4)),
     "all": MeshConfig(("data", "fsdp", "tensor"), (2, 2, 2)),
 }
+PAGED: dict[str, Any] = dict(page_size=4, num_pages=PAGES)
 CACHES = {
-    "full": CacheConfig(page_size=4, num_pages=PAGES),
-    "streaming int8": CacheConfig(policy=policies.StreamingLLM(2, 6), codec=codecs.Int8(), page_size=4),
-    "a row per head": CacheConfig(policy=policies.H2O(heavy=4, recent=4), page_size=4),
-    "kivi": CacheConfig(codec=codecs.KIVI(bits=2, group=4, residual=8)),
-    "quest": CacheConfig(select=selects.Quest(pages=2, dense_layers=0), page_size=4),
-    "dmc": CacheConfig(policy=policies.DMC(), page_size=4),
+    "full": CacheConfig(**PAGED),
+    "streaming int8": CacheConfig(policy=policies.StreamingLLM(2, 6), codec=codecs.Int8(), **PAGED),
+    "a row per head": CacheConfig(policy=policies.H2O(heavy=4, recent=4), **PAGED),
+    "kivi": CacheConfig(codec=codecs.KIVI(bits=2, group=4, residual=8), num_pages=PAGES),
+    "quest": CacheConfig(select=selects.Quest(pages=2, dense_layers=0), **PAGED),
+    "dmc": CacheConfig(policy=policies.DMC(), **PAGED),
 }
 
 
-def moved(text: str) -> list[list[int]]:
-    """The shapes of what a compiled program's devices give one another to hold whole."""
-    found = re.findall(r"= \(?\w+\[([0-9,]*)\]\S* (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
-    return [[int(size) for size in shape.split(",") if size] for shape in found]
+def moved(text: str, kinds: str = "all-gather|all-to-all|collective-permute") -> list[list[int]]:
+    """The shapes of what a compiled program's devices give one another."""
+    results = re.findall(rf" = (.*) (?:{kinds})(?:-start)?\(", text)
+    found = re.findall(r"\w+\[([0-9,]+)\]", " ".join(results))
+    return [[int(size) for size in shape.split(",")] for shape in found]
 
 
 def on(model: Model, mesh: MeshConfig | None) -> Model:
@@ -64,8 +66,8 @@ def on(model: Model, mesh: MeshConfig | None) -> Model:
     )
 
 
-def trained(model: Model, mesh: MeshConfig | None, rows: np.ndarray) -> tuple[float, Params, str]:
-    """The loss, its gradients, and the compiled program."""
+def trained(model: Model, mesh: MeshConfig | None, rows: np.ndarray) -> tuple[float, Params, str, bool]:
+    """The loss, its gradients, the compiled program, and whether devices attend apart."""
     objective = next_token(reader(model.config, attend=PackedAttend()))
     params, batch = model.params, Batch(jnp.asarray(rows))
     if mesh is not None:
@@ -77,38 +79,42 @@ def trained(model: Model, mesh: MeshConfig | None, rows: np.ndarray) -> tuple[fl
     def loss(params: Params, batch: Batch) -> jax.Array:
         return objective(params, None, batch, jax.random.key(0))["loss"]
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, batch).compile()
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params, batch)
+    compiled = traced.lower().compile()
     value, gradients = compiled(params, batch)
-    return float(value), gradients, compiled.as_text()
+    return float(value), gradients, compiled.as_text(), "shard_map" in str(traced.jaxpr)
 
 
 def training(config: ModelConfig, mesh: str, rows: np.ndarray = ROWS) -> dict[str, Any]:
     """How far a mesh is from one device, as shares, and which keys or values its devices hand round."""
     model = init(config, dtype=jnp.float32)
-    value, gradients, _ = trained(model, None, rows)
-    ours, found, text = trained(model, MESHES[mesh], rows)
+    value, gradients, _, alone = trained(model, None, rows)
+    ours, found, text, parted = trained(model, MESHES[mesh], rows)
     apart = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), gradients, found)
     size = max(float(np.abs(np.asarray(leaf)).max()) for leaf in jax.tree.leaves(gradients))
     return {
         "loss": abs(value - ours) / value,
         "gradients": max(jax.tree.leaves(apart)) / size,
+        "apart": parted and not alone,
         "moved": [shape for shape in moved(text) if {TOKENS, WIDTH} <= set(shape)],
     }
 
 
-def scored(model: Model, cache: CacheConfig) -> tuple[np.ndarray, list[str]]:
-    """Logits of ROWS along the decode path behind a prompt of 9, and the compiled programs that wrote the cache."""
-    module, texts = sys.modules["kvjax.generate.score"], []
+def scored(model: Model, cache: CacheConfig) -> tuple[np.ndarray, list[str], bool]:
+    """Logits of ROWS decoded behind a prompt of 9, the compiled steps, and whether devices attend apart."""
+    module, texts, parted = sys.modules["kvjax.generate.score"], [], []
     real = module.forced_block  # type: ignore[attr-defined]
 
     def seen(*arguments: Any, **static: Any) -> Any:
-        compiled = real.lower(*arguments, **static).compile()
+        traced = real.trace(*arguments, **static)
+        compiled = traced.lower().compile()
         texts.append(compiled.as_text())
+        parted.append("shard_map" in str(traced.jaxpr))
         return compiled(*arguments)
 
     module.forced_block = seen  # type: ignore[attr-defined]
     try:
-        return np.asarray(kvjax.score(model, ROWS, cache, "decode", 9, prefill_chunk=4)), texts
+        return np.asarray(kvjax.score(model, ROWS, cache, "decode", 9, prefill_chunk=4)), texts, all(parted)
     finally:
         module.forced_block = real  # type: ignore[attr-defined]
 
@@ -116,13 +122,15 @@ def scored(model: Model, cache: CacheConfig) -> tuple[np.ndarray, list[str]]:
 def generation(config: ModelConfig, mesh: str, cache: str) -> dict[str, Any]:
     """How far a mesh is from one device, and which pools its devices hand round."""
     model = init(config, dtype=jnp.float32)
-    expected, _ = scored(model, CACHES[cache])
-    found, texts = scored(on(model, MESHES[mesh]), CACHES[cache])
+    expected, _, alone = scored(model, CACHES[cache])
+    found, texts, parted = scored(on(model, MESHES[mesh]), CACHES[cache])
+    given = moved("\n".join(texts), "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter")
     return {
         "logits": float(np.abs(expected - found).max()),
         "size": float(np.abs(expected).max()),
-        "pools moved": [shape for text in texts for shape in moved(text) if PAGES in shape and len(shape) > 2],
-        "programs": len(set(texts)),
+        # What is counted of pages has one dimension.
+        "pools moved": [shape for shape in given if PAGES in shape and len(shape) > 2],
+        "apart": parted and not alone,
     }
 
 

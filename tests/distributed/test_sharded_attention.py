@@ -49,12 +49,14 @@ def seen() -> dict[str, Any]:
 
 def check_training(found: dict[str, Any]) -> None:
     """1e-5 of the loss and of the largest gradient: the same float32 sums in another order."""
+    assert found["apart"]
     assert found["loss"] < 1e-5
     assert found["gradients"] < 1e-5
 
 
 def check_generation(found: dict[str, Any]) -> None:
-    """1e-5 of logits of order one: the same float32 sums in another order. Two blocks of steps are one program."""
+    """1e-5 of logits of order one: the same float32 sums in another order."""
+    assert found["apart"]
     assert 0.1 < found["size"] < 10
     assert found["logits"] < 1e-5
     assert not found["pools moved"]
@@ -88,5 +90,5 @@ def test_decoding_on_any_mesh_over_any_cache_is_that_on_one_device(seen: dict[st
 @pytest.mark.slow
 def test_a_live_state_stays_where_it_lies(seen: dict[str, Any]) -> None:
     assert seen["lives"]["tokens"] == [True, True]
-    assert seen["lives"]["pool"] == [53, 1, 1, 4, 10]
+    assert seen["lives"]["pool"] == [83, 1, 1, 4, 12]
     assert seen["lives"]["compiled again"] == 0
