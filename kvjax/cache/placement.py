@@ -49,3 +49,11 @@ def pool_axes(layout: GroupLayout) -> str:
     A select sees the pool flat, as pages of single heads: these lie on all devices, or each step would gather them.
     """
     return "PLK" if layout.select is None else ""
+
+
+def as_pool(layout: GroupLayout, entries: Any) -> Any:
+    """Entries [B, T, K, ...] as a pool takes them: whole where it is whole, or the compiler would split it to write."""
+    mesh = mesh_of(entries)
+    if mesh is None or pool_axes(layout):
+        return entries
+    return jax.tree.map(lambda leaf: laid(leaf, "", mesh), entries)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from kvjax import CacheConfig, codecs, policies, selects
 from kvjax.config import MeshConfig, ModelConfig
 from kvjax.distributed import make_mesh, parameter_shardings
 from kvjax.model import Model, init
+from kvjax.models import stack_layers
 from kvjax.train.attend import PackedAttend
 from kvjax.train.batch import Batch
 from kvjax.train.objective import next_token, reader
@@ -31,6 +34,7 @@ from kvjax.typing import Params
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=8, num_kv_heads=4, head_dim=12
 )
+PROGRAMS = [("score", "forced_block"), *(("prefill", name) for name in ("prefill_chunk", "prefill_segment"))]
 TOKENS, WIDTH, PAGES = 19, 12, 83
 ROWS = np.random.default_rng(0).integers(0, 32, (4, TOKENS)).astype(np.int32)
 MESHES = {
@@ -66,13 +70,13 @@ def on(model: Model, mesh: MeshConfig | None) -> Model:
     )
 
 
-def trained(model: Model, mesh: MeshConfig | None, rows: np.ndarray) -> tuple[float, Params, str, bool]:
+def trained(model: Model, mesh: MeshConfig | None, rows: np.ndarray, scan: bool) -> tuple[float, Params, str, bool]:
     """The loss, its gradients, the compiled program, and whether devices attend apart."""
-    objective = next_token(reader(model.config, attend=PackedAttend()))
-    params, batch = model.params, Batch(jnp.asarray(rows))
+    objective = next_token(reader(model.config, attend=PackedAttend(), scan=scan, remat=scan))
+    params, batch = stack_layers(model.params) if scan else model.params, Batch(jnp.asarray(rows))
     if mesh is not None:
         made = make_mesh(mesh)
-        params = jax.device_put(params, parameter_shardings(model.config, made, rules_of(made)))
+        params = jax.device_put(params, parameter_shardings(model.config, made, rules_of(made), scan))
         # Rows that do not divide come from the host, whole.
         batch = Batch(rows) if rows.shape[0] % 2 else put_batch(Batch(rows), made)
 
@@ -85,11 +89,11 @@ def trained(model: Model, mesh: MeshConfig | None, rows: np.ndarray) -> tuple[fl
     return float(value), gradients, compiled.as_text(), "shard_map" in str(traced.jaxpr)
 
 
-def training(config: ModelConfig, mesh: str, rows: np.ndarray = ROWS) -> dict[str, Any]:
+def training(config: ModelConfig, mesh: str, rows: np.ndarray = ROWS, scan: bool = False) -> dict[str, Any]:
     """How far a mesh is from one device, as shares, and which keys or values its devices hand round."""
     model = init(config, dtype=jnp.float32)
-    value, gradients, _, alone = trained(model, None, rows)
-    ours, found, text, parted = trained(model, MESHES[mesh], rows)
+    value, gradients, _, alone = trained(model, None, rows, scan)
+    ours, found, text, parted = trained(model, MESHES[mesh], rows, scan)
     apart = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), gradients, found)
     size = max(float(np.abs(np.asarray(leaf)).max()) for leaf in jax.tree.leaves(gradients))
     return {
@@ -101,22 +105,26 @@ def training(config: ModelConfig, mesh: str, rows: np.ndarray = ROWS) -> dict[st
 
 
 def scored(model: Model, cache: CacheConfig) -> tuple[np.ndarray, list[str], bool]:
-    """Logits of ROWS decoded behind a prompt of 9, the compiled steps, and whether devices attend apart."""
-    module, texts, parted = sys.modules["kvjax.generate.score"], [], []
-    real = module.forced_block  # type: ignore[attr-defined]
+    """Logits of ROWS decoded behind a prompt of 9, the compiled programs, and whether devices attend apart in all."""
+    texts: list[str] = []
+    parted: list[bool] = []
 
-    def seen(*arguments: Any, **static: Any) -> Any:
-        traced = real.trace(*arguments, **static)
-        compiled = traced.lower().compile()
-        texts.append(compiled.as_text())
-        parted.append("shard_map" in str(traced.jaxpr))
-        return compiled(*arguments)
+    def spied(real: Any) -> Any:
+        def called(*arguments: Any, **static: Any) -> Any:
+            traced = real.trace(*arguments, **static)
+            compiled = traced.lower().compile()
+            texts.append(compiled.as_text())
+            parted.append("shard_map" in str(traced.jaxpr))
+            return compiled(*arguments)
 
-    module.forced_block = seen  # type: ignore[attr-defined]
-    try:
+        return called
+
+    with contextlib.ExitStack() as stack:
+        for module, name in PROGRAMS:
+            where = f"kvjax.generate.{module}"
+            real = getattr(sys.modules[where], name)
+            stack.enter_context(mock.patch(f"{where}.{name}", spied(real)))
         return np.asarray(kvjax.score(model, ROWS, cache, "decode", 9, prefill_chunk=4)), texts, all(parted)
-    finally:
-        module.forced_block = real  # type: ignore[attr-defined]
 
 
 def generation(config: ModelConfig, mesh: str, cache: str) -> dict[str, Any]:
@@ -158,6 +166,7 @@ def lives(mesh: str) -> dict[str, Any]:
 FEW, ONE = (dataclasses.replace(CONFIG, num_kv_heads=heads) for heads in (2, 1))
 OBSERVATIONS: dict[str, Callable[[], dict[str, Any]]] = {
     **{f"training {mesh}": functools.partial(training, CONFIG, mesh) for mesh in MESHES},
+    "training scanned": functools.partial(training, CONFIG, "all", scan=True),
     "training few KV heads": functools.partial(training, FEW, "tensor"),
     "training one KV head": functools.partial(training, ONE, "both"),
     "training odd rows": functools.partial(training, CONFIG, "both", ROWS[:3]),

@@ -72,7 +72,7 @@ def test_decoding_on_a_mesh_is_decoding_on_one_device(first: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["data", "tensor", "all", "few KV heads", "one KV head", "odd rows"])
+@pytest.mark.parametrize("case", ["data", "tensor", "all", "scanned", "few KV heads", "one KV head", "odd rows"])
 def test_training_on_any_mesh_is_training_on_one_device(seen: dict[str, Any], case: str) -> None:
     check_training(seen[f"training {case}"])
     # Where KV heads do not divide, query heads are made whole; they have the keys' shape.
