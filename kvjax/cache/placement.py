@@ -47,8 +47,8 @@ def pinned(cache: Cache, mesh: AnyMesh | None = None) -> Cache:
 def pool_axes(layout: GroupLayout) -> str:
     """The letters of a pool's first axes, as `kvjax.partition` takes them.
 
-    A select sees the pool flat, as pages of single heads, and calibrated codecs are read by no kernel but block by block
-    in plain products: such pools lie whole on all devices, or each step would gather them.
+    A select sees the pool flat, as pages of single heads, and calibrated codecs are read by no kernel but block by
+    block in plain products: such pools lie whole on all devices, or each step would gather them.
     """
     return "" if layout.select is not None or calibrated(layout.codec) else "PLK"
 
