@@ -35,7 +35,8 @@ def load(path: str | Path, dtype: Any = None, mesh: Mesh | MeshConfig | None = N
         warning for each that is damaged; `RUN/checkpoints/STEP` is a certain one.
       dtype: of the weights: "float32", "bfloat16" or "float16"; "auto": the checkpoint's own (where tensors differ, the
         embedding's); None: bfloat16 on an accelerator, float32 on CPU (bfloat16 products are many times slower there).
-      mesh: spread the weights over a mesh by `kvjax.distributed.AxisRules`; None: all on the default device.
+      mesh: spread the weights over a mesh by `kvjax.distributed.AxisRules`, and so what is computed and held with them:
+        sequences over "data", heads and the pools that hold them over "tensor"; None: all on the default device.
 
     Returns:
       A `Model`. `model.config.dtype` is the checkpoint's own dtype, `model.dtype` the one it was loaded in.

@@ -2,7 +2,7 @@
 
     python scripts/benchmark_forks.py --out docs/results/forks_cpu
 
-Random weights. Both ways take turns on the same prompts, whatever the sizes: `kvjax.attention.shared` chooses between
+Random weights. Both ways take turns on the same prompts, whatever the sizes: `kvjax.attention.copies` chooses between
 them by what is found here.
 """
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 import kvjax
-from kvjax.attention import shared
+from kvjax.attention import copies as reading
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.machine import about_machine, machine_line
 
@@ -71,7 +71,7 @@ def measure(arguments: Arguments, console: Console) -> dict[str, Any]:
         )
     )
     # Sizes at which it does not pay are measured too.
-    shared.LEAST_COPIES, shared.LEAST_SLOTS = 2, 0
+    reading.LEAST_COPIES, reading.LEAST_SLOTS = 2, 0
     rows, sizes = [], [(copies, length) for copies in arguments.copies for length in arguments.prompts]
     for copies, length in track(sizes, "forks", console=console, transient=True):
         prompt = np.random.default_rng(length).integers(0, 512, length).tolist()

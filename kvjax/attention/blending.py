@@ -15,6 +15,7 @@ from kvjax.cache.page_state import store
 from kvjax.cache.policies.optional import Decision
 from kvjax.cache.state import Group
 from kvjax.cache.write import layer_rows, place_in_layer, place_in_page
+from kvjax.partition import partitioned
 from kvjax.typing import Rotate
 from pallas_kernels import attention
 
@@ -152,7 +153,7 @@ def blend_chunk(codec: Codec, before: Entries, tokens: Tokens, joins: jax.Array,
     return jax.lax.while_loop(unfinished, follow, start)[1]
 
 
-def attend_runs(
+def _attend_runs(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -191,6 +192,12 @@ def attend_runs(
         backend=backend,
     )
     return together(out), together(lse)
+
+
+# Whole: once heads are sequences, a mesh could no longer split them.
+attend_runs = partitioned(
+    _attend_runs, {"q": "BTH", "k": "BSK", "v": "BSK", "held": "BSK", "q_positions": "BT"}, ("BTH", "BTH")
+)
 
 
 def attend_own(

@@ -10,9 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.sharded import attention, paged_attention
 from kvjax.cache.state import Group
 from kvjax.cache.write import place_in_page
-from pallas_kernels import attention, paged_attention
 
 
 @jax.tree_util.register_dataclass

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from kvjax.attention.context import Context, cross_dense
 from kvjax.attention.partial import attend_over, merged
+from kvjax.attention.sharded import attention
 from kvjax.typing import Held, Rotate, Scoring
-from pallas_kernels import attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.sharded import attention
 from kvjax.cache.policies.protocol import EMPTY, Read
 from kvjax.typing import Rotate
-from pallas_kernels import attention, merge
+from pallas_kernels import merge
 
 
 def covered(position: jax.Array, read: Read) -> jax.Array:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention.calibrated import calibrated_attention, calibrated_weights
+from kvjax.attention.copies import attend_copies, worth_sharing
 from kvjax.attention.partial import attend_among, covered, fanned, gathered, merged, turned
 from kvjax.attention.selected import selected
-from kvjax.attention.shared import attend_copies, worth_sharing
+from kvjax.attention.sharded import paged_attention, paged_weights
 from kvjax.cache.calibrated import first_of, read_back, tables_of
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.codecs.calibrated import calibrated
@@ -23,8 +24,8 @@ from kvjax.cache.policies.protocol import EMPTY, Read
 from kvjax.cache.state import Group
 from kvjax.cache.tail import coded, newest
 from kvjax.cache.write import layer_rows, place_in_page, update_layer_rows
+from kvjax.partition import partitioned
 from kvjax.typing import Rotate, Scoring
-from pallas_kernels import paged_attention, paged_weights
 
 
 class Call(NamedTuple):
@@ -113,8 +114,34 @@ def _weights(group: Group, call: Call, lse: jax.Array, positions: jax.Array) -> 
 def _exact(
     group: Group, tail: tuple[jax.Array, jax.Array | None, jax.Array], read: Read, call: Call
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention to the newest tokens beside the pages, as if each head of a sequence had a page of them."""
+    """Attention to the newest tokens beside the pages."""
     keys, values, position = tail
+    return _attend_ring(
+        call.rotate(call.q, call.positions),
+        keys,
+        values,
+        position,
+        call.positions,
+        window=read.window,
+        soft_cap=call.scoring.soft_cap,
+        value_dim=group.layout.spec.value_dim if values is None else None,
+        backend=call.backend,
+    )
+
+
+def _attend_ring_of_each(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array | None,
+    position: jax.Array,
+    q_positions: jax.Array,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+    value_dim: int | None,
+    backend: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """q [B, T, H, D] over keys and values [B, ring, K, *] at position int32[B, K, ring]: pages of one head each."""
 
     def by_head(x: jax.Array) -> jax.Array:
         """[B, ring, K, D] -> [B * K, 1, 1, ring, D]."""
@@ -122,19 +149,27 @@ def _exact(
 
     table = jnp.arange(position.shape[0] * position.shape[1]).reshape(*position.shape[:2], 1)
     return paged_attention(
-        call.rotate(call.q, call.positions),
+        q,
         by_head(keys),
         None if values is None else by_head(values),
         table,
         jnp.full(position.shape[:2], position.shape[2]),
         layer=jnp.zeros(1, jnp.int32),
         positions=position,
-        q_positions=call.positions,
-        window=read.window,
-        soft_cap=call.scoring.soft_cap,
-        value_dim=group.layout.spec.value_dim if values is None else None,
-        backend=call.backend,
+        q_positions=q_positions,
+        window=window,
+        soft_cap=soft_cap,
+        value_dim=value_dim,
+        backend=backend,
     )
+
+
+# Whole: of pages numbered by sequence and head, a device would be given all.
+_attend_ring = partitioned(
+    _attend_ring_of_each,
+    {"q": "BTH", "keys": "BSK", "values": "BSK", "position": "BK", "q_positions": "BT"},
+    ("BTH", "BTH"),
+)
 
 
 def _selects(group: Group, call: Call) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kvjax.attention.blending import Entries, Tokens, attend_own, attend_runs, blend_chunk
 from kvjax.attention.context import cross_paged
 from kvjax.attention.partial import attend_among, merged
+from kvjax.attention.sharded import attention_weights
 from kvjax.attention.tally import tallied
 from kvjax.cache.calibrated import Tables, encoded, noted, read_back
 from kvjax.cache.codecs import Encoded
@@ -19,7 +20,6 @@ from kvjax.cache.policies.optional import blank_tally, decide, decides, next_joi
 from kvjax.cache.policies.protocol import RowState
 from kvjax.cache.state import Group, Tail, token_shapes
 from kvjax.typing import Rotate, Scoring
-from pallas_kernels import attention_weights
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention.calibrated import calibrated_attention, calibrated_weights
+from kvjax.attention.sharded import paged_attention, paged_weights
 from kvjax.cache.calibrated import known
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.codecs.calibrated import calibrated
@@ -25,7 +26,6 @@ from kvjax.cache.state import Group
 from kvjax.cache.tail import beside, codec_of, coded
 from kvjax.cache.write import layer_rows
 from kvjax.typing import Rotate
-from pallas_kernels import paged_attention, paged_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kvjax.cache.calibrated import Where, known, read_pages
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.codecs.calibrated import calibrated
+from kvjax.cache.placement import pinned
 from kvjax.cache.put import put
 from kvjax.cache.state import Cache, Group, with_victims
 from kvjax.cache.write import layer_rows, place_in_page, write
@@ -127,7 +128,7 @@ def ended(cache: Cache, rotate: Rotate | None = None) -> Cache:
     """
     after = with_victims(cache)
     groups = tuple(emptied(old, new, rotate) for old, new in zip(cache.groups, after.groups, strict=True))
-    return dataclasses.replace(after, groups=groups)
+    return pinned(dataclasses.replace(after, groups=groups))
 
 
 def emptied(before: Group, group: Group, rotate: Rotate | None) -> Group:

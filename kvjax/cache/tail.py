@@ -20,6 +20,7 @@ from kvjax.cache.selects import Beside
 from kvjax.cache.selects.protocol import PageState
 from kvjax.cache.state import Group
 from kvjax.cache.write import layer_rows, place_in_page
+from kvjax.partition import partitioned
 
 
 def codec_of(layout: GroupLayout) -> KIVI:
@@ -221,21 +222,27 @@ def newest(group: Group, index: int | jax.Array, dtype: Any) -> tuple[jax.Array,
     page = jnp.maximum(
         jnp.take_along_axis(layer_rows(group, group.table, index), inside // layout.page_size, axis=2), 0
     )
-    # Every head by an index of its own: [r, B, ring, K or 1], and heads_per_page 1 where each has a row.
-    head = jnp.arange(layout.heads_per_page)
-    place = place_in_page(group, index)
-    page, offset = page[..., None], (inside % layout.page_size)[..., None]
-
-    def picked(pool: jax.Array, at: jax.Array | int) -> jax.Array:
-        """[r, B, ring, K or 1, *] -> [B, ring, K, *]."""
-        found = pool[page, place, head, at]
-        return found[0] if found.shape[0] == 1 else jnp.moveaxis(found[..., 0, :], 0, 2)
-
+    place, offset = place_in_page(group, index), (inside % layout.page_size)[..., None]
     assert group.k.scale is not None
     assert group.k.minimum is not None
-    stored = Encoded(picked(group.k.values, offset), picked(group.k.scale, 0), picked(group.k.minimum, 0))
+    stored = Encoded(
+        _picked(group.k.values, page, place, offset),
+        _picked(group.k.scale, page, place, 0),
+        _picked(group.k.minimum, page, place, 0),
+    )
     from_pages = jnp.moveaxis(jnp.broadcast_to(slots < keys_coded[..., None], (heads, *slots.shape[1:])), 0, 2)
     return jnp.where(from_pages[..., None], codec.read_keys(stored, dtype), keys), values, position
+
+
+def _picked_of_heads(pool: jax.Array, page: jax.Array, place: jax.Array, offset: jax.Array | int) -> jax.Array:
+    """What lies at page int32[r, B, n] and offset int32[r, B, n, 1] of the layer at place int32[1]: [B, n, K, *]."""
+    # Every head by an index of its own, and heads_per_page 1 where each has a row.
+    found = pool[page[..., None], place, jnp.arange(pool.shape[2]), offset]
+    return found[0] if found.shape[0] == 1 else jnp.moveaxis(found[..., 0, :], 0, 2)
+
+
+# The compiler would gather a pool whose heads are named by number.
+_picked = partitioned(_picked_of_heads, {"pool": "PLK", "page": "KB", "offset": "KB"}, "BSK")
 
 
 def beside(group: Group, index: int | jax.Array, tail: tuple[jax.Array, jax.Array | None, jax.Array]) -> Beside:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache.codecs import Encoded
+from kvjax.cache.placement import as_pool
 from kvjax.cache.policies.protocol import EMPTY, RowState
 from kvjax.cache.put import put
 from kvjax.cache.state import Group
@@ -91,6 +92,7 @@ def write(group: Group, index: int | jax.Array, slots: jax.Array, k: Encoded, v:
 
     Tokens with slot -1, or whose page was never reserved, are dropped.
     """
+    k, v = as_pool(group.layout, (k, v))
     size = group.layout.page_size
     table = layer_rows(group, group.table, index)
     batch = jnp.arange(slots.shape[1])[None, :, None]

@@ -13,6 +13,7 @@ import numpy as np
 from kvjax.attention.paged import PagedAttend
 from kvjax.cache.codecs import Encoded
 from kvjax.cache.pages import Shortage, reserve, take
+from kvjax.cache.placement import pinned
 from kvjax.cache.state import Cache, Group
 from kvjax.config import ModelConfig
 from kvjax.generate.forward import forward_token, logits_of
@@ -145,7 +146,9 @@ def take_sequences(cache: Cache, parents: np.ndarray | jax.Array) -> Cache:
     )
 
 
-_take_compiled = jax.jit(take)
+@jax.jit
+def _take_compiled(cache: Cache, parents: jax.Array) -> Cache:
+    return pinned(take(cache, parents))
 
 
 def _advance(

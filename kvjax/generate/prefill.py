@@ -21,6 +21,7 @@ from kvjax.cache.calibrated import first_of, keep_first, tables_of
 from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.page_state import ended
 from kvjax.cache.pages import Shortage, late_shortage, reserve
+from kvjax.cache.placement import pinned
 from kvjax.cache.policies.optional import decides, drops_hidden, observes_steps, takes_late
 from kvjax.cache.prompt import keep_prompt
 from kvjax.cache.state import Cache
@@ -42,7 +43,8 @@ def default_chunk() -> int:
 @functools.partial(jax.jit, donate_argnames="cache")
 def reserve_pages(cache: Cache, n: jax.Array) -> tuple[Cache, Shortage]:
     """`reserve`, compiled; consumes the cache."""
-    return reserve(cache, n)
+    cache, shortage = reserve(cache, n)
+    return pinned(cache), shortage
 
 
 @functools.partial(jax.jit, static_argnames=("config", "attend"), donate_argnames=("cache", "last"))
@@ -230,7 +232,7 @@ def prefill_segment(
         )
         if drops_hidden(layouts[owner].policy):
             prompt = _survivors(prompt, kept[0])
-    return dataclasses.replace(cache, groups=tuple(held)), prompt
+    return pinned(dataclasses.replace(cache, groups=tuple(held))), prompt
 
 
 def _survivors(prompt: Prompt, kept: jax.Array) -> Prompt:

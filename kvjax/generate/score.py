@@ -23,6 +23,7 @@ from kvjax.generate.requests import check_chunk
 from kvjax.generate.run import BLOCK_STEPS
 from kvjax.generate.state import layouts_of, make_cache, out_of_pages
 from kvjax.model import Model
+from kvjax.partition import mesh_of
 from kvjax.typing import Params
 
 
@@ -87,7 +88,7 @@ def score(
     prefill_chunk = check_chunk(prefill_chunk)
     layouts = layouts_of(model, cache)
     pages = size_groups(layouts, power_of_two(batch), length, memory_beside(model, cache, chunks))
-    held = make_cache(layouts, power_of_two(batch), pages, model.config.recurrent_shapes)
+    held = make_cache(layouts, power_of_two(batch), pages, model.config.recurrent_shapes, mesh_of(model.params))
     prompts = [row[:prompt_length].tolist() for row in tokens]
     lengths = np.zeros(held.batch, np.int32)
     lengths[:batch] = prompt_length

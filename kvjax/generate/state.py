@@ -13,6 +13,7 @@ from kvjax.cache.codecs.waiting import waits
 from kvjax.cache.config import CacheConfig
 from kvjax.cache.layout import GroupLayout, group_layers
 from kvjax.cache.pages import resize
+from kvjax.cache.placement import pinned
 from kvjax.cache.policies.optional import decides, drops_hidden
 from kvjax.cache.size import context_bucket, power_of_two, size_groups
 from kvjax.cache.state import Cache, empty_cache
@@ -25,6 +26,7 @@ from kvjax.generate.requests import check_chunk
 from kvjax.generate.shortage import out_of_pages as out_of_pages
 from kvjax.generate.shortage import span
 from kvjax.model import Model
+from kvjax.partition import AnyMesh, mesh_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,8 +57,23 @@ class State:
         return len(self.tokens)
 
 
-make_cache = functools.partial(jax.jit, static_argnames=("layouts", "batch", "pages", "recurrent"))(empty_cache)
-resize_cache = functools.partial(jax.jit, static_argnames="pages")(resize)
+@functools.partial(jax.jit, static_argnames=("layouts", "batch", "pages", "recurrent", "mesh"))
+def make_cache(
+    layouts: tuple[GroupLayout, ...],
+    batch: int,
+    pages: tuple[tuple[int, int], ...],
+    recurrent: tuple[tuple[tuple[int, ...], ...], ...] = (),
+    mesh: AnyMesh | None = None,
+) -> Cache:
+    """`empty_cache`, compiled, on a mesh or (None) on the default device."""
+    cache = empty_cache(layouts, batch, pages, recurrent)
+    return cache if mesh is None else pinned(cache, mesh)
+
+
+@functools.partial(jax.jit, static_argnames="pages")
+def resize_cache(cache: Cache, pages: tuple[tuple[int, int], ...]) -> Cache:
+    """`resize`, compiled."""
+    return pinned(resize(cache, pages))
 
 
 def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
@@ -158,7 +175,7 @@ def start(
     tokens = max(context or 0, max(map(len, prompts)) + room)
     memory = memory_beside(model, config, chunks)
     pages = size_groups(layouts, power_of_two(len(prompts) * copies), tokens, memory)
-    cache = make_cache(layouts, power_of_two(len(prompts)), pages, model.config.recurrent_shapes)
+    cache = make_cache(layouts, power_of_two(len(prompts)), pages, model.config.recurrent_shapes, mesh_of(model.params))
     lengths = np.zeros(cache.batch, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     cache, shortage = reserve_pages(cache, lengths)

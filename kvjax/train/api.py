@@ -87,9 +87,9 @@ def finetune(
     compute = jnp.dtype(settings.compute_dtype or ("float32" if platform == "cpu" else "bfloat16"))
     stages: tuple[tuple[int, Any], ...] = ((0, None),)
     if settings.dmc is not None:
-        stages = dmc_stages(model.config, settings.dmc, _backend(device_mesh))
+        stages = dmc_stages(model.config, settings.dmc)
     elif settings.through is not None:
-        attend = through_attend(model, settings.through, _backend(device_mesh))
+        attend = through_attend(model, settings.through)
         # A scan over layers has one body, and so one cache.
         scan, stages = scan and len(attend.layouts) == 1, ((0, attend),)
     batches = batches_of(tokens, settings.batch_size, settings.seed, model.config.vocab_size)
@@ -104,7 +104,7 @@ def finetune(
     state = start(trained)
     taught = None if teacher is None else _taught(model.config, settings, teacher, device_mesh, scan, compute)
     given = Given(frozen, taught)
-    objectives = (_objective(model.config, settings, attend, teacher, device_mesh, scan) for _, attend in stages)
+    objectives = (_objective(model.config, settings, attend, teacher, scan) for _, attend in stages)
     made = [make_run_step(objective, settings, compute, shardings) for objective in objectives]
 
     def step_at(index: int) -> Any:
@@ -164,13 +164,12 @@ def _objective(
     settings: Settings,
     attend: Any,
     teacher: Model | None,
-    mesh: Mesh | None,
     scan: bool,
 ) -> Objective:
     """What is lowered. attend: the student's, or its `Reading`; None: the quickest."""
 
     def read(config: ModelConfig, attend: Any, scan: bool, remat: bool) -> Reader:
-        attend = training_attend(config, backend=_backend(mesh)) if attend is None else attend
+        attend = training_attend(config) if attend is None else attend
         layers = teacher is not None and settings.distillation.layers > 0
         return reader(config, attend=attend, scan=scan, remat=remat, layers=layers)
 
@@ -187,11 +186,6 @@ def _taught(
     _check_model(teacher.config, "teacher")
     check_teacher(config, teacher.config, settings.distillation)
     return as_dtype(_placed(teacher, mesh, scan and teacher.config.uniform), compute)
-
-
-def _backend(mesh: Mesh | None) -> str | None:
-    """Kernels for one GPU know no mesh; plain products are split by the compiler."""
-    return None if mesh is None or mesh.size == 1 else "xla"
 
 
 def _placed(model: Model, mesh: Mesh | None, scan: bool) -> Params:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from kvjax.attention.context import Context, cross_dense
 from kvjax.attention.dense import DenseAttend
 from kvjax.attention.partial import merged
+from kvjax.attention.sharded import attention
 from kvjax.config import ModelConfig
 from kvjax.typing import Held, Rotate, Scoring
-from pallas_kernels import attention
 
 
 class Segments(NamedTuple):

@@ -17,11 +17,10 @@ from kvjax.config import ModelConfig
 from kvjax.convert.adapters import ADAPTER
 from kvjax.distributed import AxisRules, parameter_shardings
 from kvjax.errors import ConfigError
+from kvjax.partition import HEADS, ROWS
 from kvjax.train.batch import Batch
 from kvjax.train.run_step import RunState
 from kvjax.typing import Params
-
-ROW_AXES = ("data", "fsdp")
 
 
 def rules_of(mesh: Mesh) -> AxisRules:
@@ -31,11 +30,11 @@ def rules_of(mesh: Mesh) -> AxisRules:
 
 def check_mesh(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     """Raises ConfigError where rows cannot be split evenly, or an axis would be of no use."""
-    known = (*ROW_AXES, "tensor")
+    known = (*ROWS, HEADS)
     for name in mesh.axis_names:
         if name not in known:
             raise ConfigError(f"a mesh for training has axes of {', '.join(known)}; got {name!r}")
-    ways = int(np.prod([mesh.shape[name] for name in ROW_AXES if name in mesh.axis_names]))
+    ways = int(np.prod([mesh.shape[name] for name in ROWS if name in mesh.axis_names]))
     if (batch_size // accumulate) % ways:
         raise ConfigError(
             f"batch_size {batch_size} in {accumulate} parts cannot be split {ways} ways over the mesh's data and fsdp "
@@ -91,7 +90,7 @@ def put_batch(batch: Batch, mesh: Mesh | None) -> Batch:
     """A batch on the device, or its rows over the mesh; every process has the whole batch, and keeps its share."""
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
-    axes = tuple(name for name in ROW_AXES if name in mesh.axis_names)
+    axes = tuple(name for name in ROWS if name in mesh.axis_names)
     sharding = NamedSharding(mesh, PartitionSpec(axes or None))
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from kvjax.attention.dense import DenseAttend
 from kvjax.attention.partial import merged, turned
+from kvjax.attention.sharded import attention
 from kvjax.cache.codecs import KIVI, Dense
 from kvjax.cache.codecs.calibrated import calibrated
 from kvjax.cache.codecs.waiting import waits
@@ -30,7 +31,6 @@ from kvjax.generate.state import layouts_of
 from kvjax.model import Model
 from kvjax.train.attend import Segments
 from kvjax.typing import Rotate, Scoring
-from pallas_kernels import attention
 from pallas_kernels.softmax import heads_last, scores, weighted
 
 FAR = -1e30

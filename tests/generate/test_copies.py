@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import kvjax
 from kvjax import CacheConfig, Sampling
-from kvjax.attention import shared
-from kvjax.attention.shared import LEAST_COPIES, LEAST_SLOTS, attend_copies, common_pages, worth_sharing
+from kvjax.attention import copies as reading
+from kvjax.attention.copies import LEAST_COPIES, LEAST_SLOTS, attend_copies, common_pages, worth_sharing
 from kvjax.cache.codecs import KIVI, Dense, Int8
 from pallas_kernels import paged_attention
 from tests.cache.tiny import MODEL, random_tokens
@@ -66,13 +66,13 @@ def test_forks_that_read_together_go_on_like_forks_that_read_alone(model: str, c
 
 def test_samples_and_beams_of_one_prompt_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = shared.shared_prefix
+    real = reading.shared_prefix
 
     def spied(*arguments: Any, **options: Any) -> Any:
         calls.append(options["largest"])
         return real(*arguments, **options)
 
-    monkeypatch.setattr(shared, "shared_prefix", spied)
+    monkeypatch.setattr(reading, "shared_prefix", spied)
     for sampling in (Sampling(temperature=1.0, n=LEAST_COPIES), Sampling(beams=LEAST_COPIES)):
         calls.clear()
         options = dict(max_new_tokens=6, sampling=sampling, context=LEAST_SLOTS)
@@ -80,10 +80,10 @@ def test_samples_and_beams_of_one_prompt_read_together(monkeypatch: pytest.Monke
         jax.clear_caches()
         out = kvjax.generate(MODEL, [PROMPT], **options)
         assert set(calls) == {LEAST_COPIES}
-        monkeypatch.setattr(shared, "LEAST_COPIES", LEAST_COPIES + 1)
+        monkeypatch.setattr(reading, "LEAST_COPIES", LEAST_COPIES + 1)
         jax.clear_caches()
         alone = kvjax.generate(MODEL, [PROMPT], **options)
-        monkeypatch.setattr(shared, "LEAST_COPIES", LEAST_COPIES)
+        monkeypatch.setattr(reading, "LEAST_COPIES", LEAST_COPIES)
         assert out.tokens == alone.tokens
         np.testing.assert_allclose(out.logprobs, alone.logprobs, atol=ROUNDING)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kvjax.attention.sharded import PAGED
+from kvjax.partition import partitioned
 from pallas_kernels import shared_prefix
 
 LEAST_COPIES, LEAST_SLOTS = 4, 512
@@ -19,7 +21,7 @@ def worth_sharing(copies: int, slots: int) -> bool:
     return copies >= LEAST_COPIES and slots >= LEAST_SLOTS
 
 
-def attend_copies(
+def _attend_copies(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array | None,
@@ -78,6 +80,10 @@ def attend_copies(
         largest=copies,
         backend=backend,
     )
+
+
+# Whole: what sequences have in common each device finds among its own.
+attend_copies = partitioned(_attend_copies, PAGED, ("BTH", "BTH"))
 
 
 def common_pages(block_table: jax.Array, whole: jax.Array, copies: int) -> jax.Array:
