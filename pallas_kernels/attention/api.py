@@ -37,6 +37,7 @@ def attention(
       lengths: int32[B], keys from there on are padding. segment_ids: int32[B, T] (T = S), equal ids see each other.
       positions, q_positions: int32[B, S] and int32[B, T], -1 is padding; None: 0, 1, ... with queries at the end.
       scale: None is D ** -0.5. soft_cap: scores become cap * tanh(scores / cap).
+      deterministic: gradients are the same bits in every run, which may take longer.
 
     Returns:
       out [B, T, H, Dv] in q's dtype; lse float32[B, T, H], natural log. A query that sees nothing gets 0 and -inf.
