@@ -22,11 +22,12 @@ def with_sum(run: Callable[..., Any], shape: tuple[int, ...], parts: int) -> Cal
     What is added to is an array of zeros made anew in every call, and changed in place: the kernel's operand and one of
     its results share their memory, which XLA knows and copies for, should anybody else read the zeros.
 
+    Under jax 0.10 the call cannot be batched (`jax.vmap`).
+
     run: of `hopper.kernel`. parts: how many blocks at most add to the same place.
     """
-    # jax 0.10 cannot hand on that a kernel that knows how to be batched writes to an operand.
-    old = JAX < (0, 11)
-    launch = run.fun if old else run  # type: ignore[attr-defined]
+    # jax 0.10 loses track of which operand is written to where a function brings its own rule for batching.
+    launch = run.fun if JAX < (0, 11) else run  # type: ignore[attr-defined]
     whole = (parts, *shape) if interpreted() else shape
 
     def call(*operands: Any) -> tuple[Any, jax.Array]:
@@ -35,7 +36,7 @@ def with_sum(run: Callable[..., Any], shape: tuple[int, ...], parts: int) -> Cal
         found = jax.freeze(total)
         return out, jnp.sum(found, axis=0) if interpreted() else found
 
-    return jax.custom_batching.sequential_vmap(call) if old else call
+    return call
 
 
 def add(staged: Any, to: Any, part: jax.Array, where: tuple[Any, ...]) -> None:

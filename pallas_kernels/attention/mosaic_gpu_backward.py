@@ -1,4 +1,4 @@
-"""The backward pass of attention on Hopper: in two kernels, deterministic, or in one (Dao 2023, 2307.08691, section 3.1.2).
+"""The backward pass of attention on Hopper: two kernels that are deterministic, or one (Dao 2023, 2307.08691).
 
 Of the two, one works by tiles of keys and gives dk and dv, the other by tiles of queries and gives dq: seven products
 where five would do, but no sum across thread blocks, whose order would change the result from run to run. The fused
@@ -29,8 +29,9 @@ class BackwardConfig:
       query_block: queries of a step of the kernel for dk and dv. stages: steps it holds in shared memory.
       split: dk and dv of the same keys by one consumer each.
       key_block: keys of a step of the kernel for dq. k_stages, v_stages: steps it holds in shared memory.
-      fused: one kernel for all three, which is not deterministic. q_stages, dout_stages: steps it holds in shared memory.
-      dq_columns: of dq, that wait in shared memory at a time to be added; they divide the width.
+      fused: one kernel for all three gradients, which is not deterministic.
+      q_stages, dout_stages: steps the fused kernel holds in shared memory. dq_columns: of dq, that wait there at a time
+        to be added; they divide the width.
     """
 
     query_block: int = 64
@@ -46,10 +47,11 @@ class BackwardConfig:
     dout_stages: int = 2
     dq_columns: int = 64
 
-    def key_tile(self, width: int, value_width: int) -> int:
-        """Number of keys that tiles of each kernel fit into."""
-        tiles = [key_tile(self.split), self.key_block]
-        return math.lcm(*tiles, *([key_tile(splits(width, value_width))] if self.fused else []))
+    def keys(self, width: int, value_width: int, scores: Scores) -> int:
+        """Whole tiles of every kernel hold multiples of so many keys."""
+        if self.fused:
+            return key_tile(splits(width, value_width, scores))
+        return math.lcm(key_tile(self.split), self.key_block)
 
 
 def default_backward_config(width: int, value_width: int) -> BackwardConfig:
@@ -80,9 +82,7 @@ def backward(
     lse = jnp.where(some, lse * hopper.LOG2_E, jnp.inf)
     call = (q, k, v, dout.astype(q.dtype), lse, delta, of, scores)
     if config.fused:
-        return all_gradients(
-            *call, stages=config.q_stages, dout_stages=config.dout_stages, columns=config.dq_columns
-        )
+        return all_gradients(*call, stages=config.q_stages, dout_stages=config.dout_stages, columns=config.dq_columns)
     dk, dv = key_value_gradients(*call, block=config.query_block, stages=config.stages, split=config.split)
     dq = query_gradient(*call, block=config.key_block, k_stages=config.k_stages, v_stages=config.v_stages)
     return dq, dk, dv

@@ -65,7 +65,8 @@ def attention(
         # A weight of 0 does not silence a NaN.
         v = jnp.where(_readable(of)[:, :, None, None], v, 0)
     all_queries = _round_up(queries, math.lcm(options.forward.tile, TILE, options.backward.query_block))
-    all_keys = _round_up(keys, math.lcm(options.forward.block, options.backward.key_tile(q.shape[3], v.shape[3])))
+    backward_keys = options.backward.keys(q.shape[3], v.shape[3], options.scores)
+    all_keys = _round_up(keys, math.lcm(options.forward.block, backward_keys))
     of = of.padded(all_queries, all_keys)
     out, lse = _attend(options, _padded(q, all_queries), _padded(k, all_keys), _padded(v, all_keys), of)
     return out[:, :queries], jnp.swapaxes(lse, 1, 2)[:, :queries]
@@ -93,9 +94,7 @@ def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> tuple
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _configs(
-    q: jax.Array, k: jax.Array, v: jax.Array, deterministic: bool
-) -> tuple[ForwardConfig, BackwardConfig]:
+def _configs(q: jax.Array, k: jax.Array, v: jax.Array, deterministic: bool) -> tuple[ForwardConfig, BackwardConfig]:
     """The heuristics' choices, with what the tuning table says of each kernel in their place."""
     fused = () if deterministic else ("fused",)
     widths = q.shape[3], v.shape[3]

@@ -27,9 +27,12 @@ BLOCK = ROWS
 """Queries of a step: the rows of the product that gives their gradient."""
 
 
-def splits(width: int, value_width: int) -> bool:
-    """Whether one consumer's registers are too few for both dk and dv of 64 keys."""
-    return max(width, value_width) > 128
+def splits(width: int, value_width: int, scores: Scores) -> bool:
+    """Whether one consumer's registers are too few for both dk and dv of 64 keys, and what else it works with.
+
+    With a soft cap that is more: the slope of a score is not its probability.
+    """
+    return max(width, value_width) > (128 if scores.soft_cap is None else 64)
 
 
 def all_gradients(
@@ -56,7 +59,7 @@ def all_gradients(
         raise ValueError(f"columns of dq must divide the width {q.shape[3]}, got {columns}")
     batch, queries, heads, width = q.shape
     keys, kv_heads, value_width = k.shape[1], k.shape[2], v.shape[3]
-    dtype, split = q.dtype, splits(width, value_width)
+    dtype, split = q.dtype, splits(width, value_width, scores)
     tile = key_tile(split)
     tiles = keys // tile
     # Both what is read and the float32 that is added to are to stay in the cache.
@@ -133,23 +136,12 @@ def all_gradients(
                 narrow = p.astype(dtype)
                 dout_slot = dout_ring.wait(i)
 
-                def to_values(acc: Any) -> None:
-                    hopper.matmul_into(acc, narrow, dout_smem.at[dout_slot])
-
-                def to_scores(acc: Any) -> None:
-                    hopper.matmul_into(acc, v_smem.at[own], dout_smem.at[dout_slot].transpose((1, 0)))
-
-                def both_at_once(acc: Any) -> None:
-                    to_values(acc[0])
-                    to_scores(acc[1])
+                def products(acc: Any) -> None:
+                    hopper.matmul_into(acc[0], narrow, dout_smem.at[dout_slot])
+                    hopper.matmul_into(acc[1], v_smem.at[own], dout_smem.at[dout_slot].transpose((1, 0)))
 
                 nothing = hopper.filled(shape, 0.0, plgpu.Layout.WGMMA)
-                if scores.soft_cap is None:
-                    dv, change = hopper.accumulate(both_at_once, (dv, nothing))
-                else:
-                    # A cap's slopes are not the probabilities: for both and the result there are no registers.
-                    dv = hopper.accumulate(to_values, dv)
-                    change = hopper.accumulate(to_scores, nothing)
+                dv, change = hopper.accumulate(products, (dv, nothing))
                 change = (slope * (change - mine.per_query(delta_smem, dout_slot))).astype(dtype)
                 take_turn(i)
                 slopes_smem[lax.rem(i, 2), own] = change

@@ -102,7 +102,9 @@ def _backward(forward: Target, width: int, least: float, fused: bool) -> Target:
             return tuned.call(*arrays)
 
     name = f"{tuned.name}, {'fused' if fused else 'two kernels'}"
-    return Target(_named(dataclasses.replace(tuned, name=name, call=forced)), Goal("rate", least), call, forward.case.name)
+    return Target(
+        _named(dataclasses.replace(tuned, name=name, call=forced)), Goal("rate", least), call, forward.case.name
+    )
 
 
 def _packed(codes: str) -> Target:
