@@ -34,7 +34,7 @@ def cases() -> Iterable[Case]:
     few: dict[str, Any] = dict(gradient=True, fused=True)
     yield _case("gradient fused d64", "small", (1, 192, 192, 2, 1, 64, 64), **few)
     yield _case("gradient fused d128 lengths", "small", (1, 64, 130, 1, 1, 128, 128), lengths=(129,), **few)
-    yield _case("gradient fused d192/128", "small", (1, 130, 130, 2, 1, 192, 128), soft_cap=3.0, **few)
+    yield _case("gradient fused d192/128", "small", (1, 130, 130, 1, 1, 192, 128), soft_cap=3.0, **few)
     yield _case("gradient fused window cap f16 d256", "small", (1, 130, 130, 1, 1, 256, 256), **narrow, **few)
     for key, value in ((64, 64), (128, 128), (192, 128), (256, 256)):
         width = f"d{key}" if key == value else f"d{key}/{value}"
