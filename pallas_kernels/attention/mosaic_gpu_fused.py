@@ -71,7 +71,7 @@ def all_gradients(
     def body(*refs: Any) -> None:
         inputs, (dq_ref, dk_ref, dv_ref, *rest) = Inputs(*refs[: len(Inputs._fields)]), refs[len(Inputs._fields) :]
         k_smem, v_smem, q_smem, lse_smem, dout_smem, delta_smem, slopes_smem, dq_smem, *rest = rest
-        k_full, v_full, q_barriers, dout_barriers, slopes_full, met, *handed = rest
+        k_full, v_full, q_barriers, dout_barriers, slopes_full, *handed = rest
         mine = KeyTile.of_this_block(inputs, section=section, tiles=tiles, tile=tile, block=BLOCK)
         steps = mine.walk.steps
         q_ring = ring((q_smem, lse_smem), q_barriers, stages)
@@ -80,7 +80,7 @@ def all_gradients(
 
         def share(i: jax.Array, first: int, last: int) -> None:
             """Adds these columns of a step's share of dq, once its slopes lie in shared memory."""
-            head, rows = mine.queries(i)
+            head, rows = mine.again(i).queries(i)
             for column in range(first, last, columns):
                 here = pl.ds(column, columns)
 
@@ -96,10 +96,9 @@ def all_gradients(
                 plgpu.commit_smem()
                 sums.add(staged, dq_ref, mine.number, (mine.b, rows, head, here))
 
-        def meet() -> None:
-            """Until both consumers come here keys and values may be read; then gradients take their place."""
-            plgpu.barrier_arrive(met)
-            plgpu.barrier_wait(met)
+        def done() -> Any:
+            """The barrier that says that a consumer reads the keys no more, whose place dk takes."""
+            return slopes_full.at[2]
 
         @pl.when(me == CONSUMERS)
         def produce() -> None:
@@ -128,12 +127,13 @@ def all_gradients(
 
             def step(i: jax.Array, carry: tuple[jax.Array, ...], *, mask: bool) -> tuple[jax.Array, ...]:
                 dk, dv = carry
-                visible = mine.seen(i, rows) if mask else None
+                visible = mine.again(i).seen(i, rows) if mask else None
                 own = hopper.within_loop(me, i)
                 slot = q_ring.wait(i)
                 raw = hopper.product(k_smem.at[own], q_smem.at[slot].transpose((1, 0)))
                 p, slope = scores.probabilities(raw, mine.per_query(lse_smem, slot), visible)
-                narrow = p.astype(dtype)
+                # Both narrow from here on: in float32 they would not fit next to two sums and a product.
+                narrow, slope = p.astype(dtype), slope.astype(dtype)
                 dout_slot = dout_ring.wait(i)
 
                 def products(acc: Any) -> None:
@@ -142,7 +142,8 @@ def all_gradients(
 
                 nothing = hopper.filled(shape, 0.0, plgpu.Layout.WGMMA)
                 dv, change = hopper.accumulate(products, (dv, nothing))
-                change = (slope * (change - mine.per_query(delta_smem, dout_slot))).astype(dtype)
+                change = change - mine.per_query(delta_smem, dout_slot)
+                change = (slope.astype(jnp.float32) * change).astype(dtype)
                 take_turn(i)
                 slopes_smem[lax.rem(i, 2), own] = change
                 plgpu.commit_smem()
@@ -156,7 +157,8 @@ def all_gradients(
             nothing = (hopper.filled((ROWS, w), 0.0, plgpu.Layout.WGMMA) for w in (width, value_width))
             dk, dv = mine.loop(step, tuple(nothing))
             take_turn(steps)
-            meet()
+            plgpu.barrier_arrive(done())
+            plgpu.barrier_wait(done())
             mine.store(dk * scores.scale, k_smem.at[me], dk_ref, rows)
             mine.store(dv, v_smem.at[me], dv_ref, rows)
 
@@ -179,7 +181,7 @@ def all_gradients(
                     share(i - 1, 0, half)
 
             def step(i: jax.Array, dv: jax.Array, *, mask: bool) -> jax.Array:
-                visible = mine.seen(i, rows) if mask else None
+                visible = mine.again(i).seen(i, rows) if mask else None
                 slot = q_ring.wait(i)
                 raw = hopper.product(k_smem.at[hopper.within_loop(0, i)], q_smem.at[slot].transpose((1, 0)))
                 p, slope = scores.probabilities(raw, mine.per_query(lse_smem, slot), visible)
@@ -203,13 +205,14 @@ def all_gradients(
 
             dv = mine.loop(step, hopper.filled((ROWS, value_width), 0.0, plgpu.Layout.WGMMA))
             share_before(steps)
+            plgpu.barrier_arrive(done())
 
             def drain(i: jax.Array, _: Any) -> None:
                 plgpu.barrier_wait(p_free.at[lax.rem(i, 2)])
 
+            # Once all is handed over the other consumer needs the values no more, whose place dv takes.
             lax.fori_loop(jnp.maximum(steps - 2, 0), steps, drain, None)
             plgpu.barrier_wait(v_full.at[0])
-            meet()
             mine.store(dv, v_smem.at[0], dv_ref, rows)
 
         def keys_only() -> None:
@@ -240,7 +243,7 @@ def all_gradients(
                 return dk
 
             dk = lax.fori_loop(0, steps, step, hopper.filled((ROWS, width), 0.0, plgpu.Layout.WGMMA))
-            meet()
+            plgpu.barrier_wait(done())
             mine.store(dk * scores.scale, k_smem.at[0], dk_ref, pl.ds(mine.first, ROWS))
 
         if split:
@@ -270,8 +273,7 @@ def all_gradients(
             plgpu.Barrier(num_barriers=owners),
             barriers(stages, 2, CONSUMERS),
             barriers(dout_stages, 2, CONSUMERS),
-            plgpu.Barrier(num_arrivals=owners, num_barriers=2),
-            plgpu.Barrier(num_arrivals=CONSUMERS),
+            plgpu.Barrier(num_arrivals=owners, num_barriers=3),
             *(handed if split else ()),
         ),
     )

@@ -64,6 +64,11 @@ class KeyTile(NamedTuple):
         walk = Walk.read(inputs.ranges, b, number, times=group)
         return cls(inputs, b, kv_head, group, number, number * tile, walk, block)
 
+    def again(self, i: jax.Array) -> KeyTile:
+        """The same with its walk read anew in step i, for consumers that have no registers to keep it in."""
+        walk = Walk.read(self.inputs.ranges, self.b, hopper.within_loop(self.number, i), times=self.group)
+        return self._replace(walk=walk)
+
     def sources(self, i: jax.Array) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         """What a step reads: queries with their log-sum-exps, and the cotangents of the output with their deltas."""
         head, rows = self.queries(i)
