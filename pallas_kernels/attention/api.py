@@ -42,6 +42,7 @@ def attention(
       positions, q_positions: int32[B or 1, S] and int32[B or 1, T], -1 is padding; None: 0, 1, ... with queries at the
         end, so that of more causal queries than keys the first see nothing.
       scale: None is D ** -0.5. soft_cap: scores become cap * tanh(scores / cap).
+      deterministic: gradients are the same bits in every run, which may take longer.
 
     Returns:
       out [B, T, H, Dv] in q's dtype; lse float32[B, T, H], natural log. A query that sees nothing gets 0 and -inf.

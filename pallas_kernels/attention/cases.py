@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import tuning
 from pallas_kernels.attention.api import attention
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.numerics import GRADIENT_TOLERANCE, TOLERANCES
@@ -41,19 +42,25 @@ def cases() -> Iterable[Case]:
         lengths=(100,),
         positions=True,
     )
+    few: dict[str, Any] = dict(gradient=True, fused=True)
+    yield _case("gradient fused d64", "small", (1, 192, 192, 2, 1, 64, 64), **few)
+    yield _case("gradient fused d128 lengths", "small", (1, 64, 130, 1, 1, 128, 128), lengths=(129,), **few)
+    yield _case("gradient fused d192/128", "small", (1, 130, 130, 1, 1, 192, 128), soft_cap=3.0, **few)
+    yield _case("gradient fused window cap f16 d256", "small", (1, 130, 130, 1, 1, 256, 256), **narrow, **few)
     for key, value in ((64, 64), (128, 128), (192, 128), (256, 256)):
         width = f"d{key}" if key == value else f"d{key}/{value}"
         shape = (2, 4096, 4096, 16, 4, key, value)
-        for gradient in (False, True):
-            what = f"gradient {width}" if gradient else width
-            yield _case(f"{what} group4 causal", "full", shape, gradient=gradient)
-            yield _case(f"{what} group4 causal f16", "full", shape, gradient=gradient, dtype="float16")
-            yield _case(f"{what} group4 cap window", "full", shape, gradient=gradient, soft_cap=30.0, window=1024)
+        for what, options in (("", {}), ("gradient ", dict(gradient=True)), ("gradient fused ", few)):
+            yield _case(f"{what}{width} group4 causal", "full", shape, **options)
+            yield _case(f"{what}{width} group4 causal f16", "full", shape, dtype="float16", **options)
+            yield _case(f"{what}{width} group4 cap window", "full", shape, soft_cap=30.0, window=1024, **options)
         yield _case(f"{width} ragged", "full", (4, 777, 2000, 8, 1, key, value), lengths=(2000, 1, 0, 1500))
         yield _case(f"{width} positions", "full", (2, 1000, 3000, 8, 8, key, value), positions=True)
         yield _case(f"{width} segments", "full", (2, 2048, 2048, 8, 2, key, value), segments=True)
     yield _case("d128 not causal", "full", (2, 4096, 4096, 16, 16, 128, 128), causal=False)
-    yield _case("gradient d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), gradient=True, lengths=(1000, 513))
+    ragged: dict[str, Any] = dict(gradient=True, lengths=(1000, 513))
+    yield _case("gradient d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), **ragged)
+    yield _case("gradient fused d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), fused=True, **ragged)
     yield _case("gradient d128 segments", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, segments=True)
     yield _case("gradient d128 positions", "full", (2, 1000, 3000, 8, 8, 128, 128), gradient=True, positions=True)
     yield _case("gradient d128 not causal", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, causal=False)
@@ -84,6 +91,7 @@ def _case(
     *,
     dtype: str = "bfloat16",
     gradient: bool = False,
+    fused: bool = False,
     causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
@@ -94,7 +102,10 @@ def _case(
     backend: str = "mosaic_gpu",
     device: tuple[str, ...] | None = None,
 ) -> Case:
-    """shape: (B, T, S, H, K, D, Dv). sinks: one column more for each head, let in afterwards by the log-sum-exp."""
+    """shape: (B, T, S, H, K, D, Dv). sinks: one column more for each head, let in afterwards by the log-sum-exp.
+
+    fused: gradients by the one kernel for all three, whatever was tuned; otherwise by the two.
+    """
     batch, queries, keys, heads, kv_heads, width, value_width = shape
 
     def inputs(seed: int) -> tuple[Any, ...]:
@@ -126,7 +137,8 @@ def _case(
             return out * jnp.exp(lse - total)[..., None].astype(out.dtype), total
 
         def gradients(q: Any, k: Any, v: Any, dout: Any, dlse: Any, masks: Any) -> Any:
-            (out, lse), pull_back = jax.vjp(lambda q, k, v: outputs(q, k, v, masks), q, k, v)
+            with tuning.forced("attention", "fused", {"fused": fused}):
+                (out, lse), pull_back = jax.vjp(lambda q, k, v: outputs(q, k, v, masks), q, k, v)
             return pull_back((dout.astype(out.dtype), jnp.where(jnp.isfinite(lse), dlse, 0.0)))
 
         return gradients if gradient else outputs

@@ -51,7 +51,7 @@ def unsupported(
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
-    """See `api.attention`. Always deterministic."""
+    """See `api.attention`. The forward pass is always deterministic."""
     # Here and not above: whoever has no such GPU need not load Mosaic.
     from pallas_kernels.attention.mosaic_gpu_call import attention as call
 

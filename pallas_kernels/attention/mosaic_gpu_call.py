@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.mosaic_gpu_backward import BackwardConfig, backward, default_backward_config
-from pallas_kernels.attention.mosaic_gpu_dkv import key_tile
 from pallas_kernels.attention.mosaic_gpu_dq import TILE
 from pallas_kernels.attention.mosaic_gpu_forward import ForwardConfig, default_forward_config, forward
 from pallas_kernels.attention.mosaic_gpu_scores import Scores
@@ -48,9 +47,9 @@ def attention(
     scale: float,
     deterministic: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.attention`. Always deterministic."""
+    """See `api.attention`. The forward pass is always deterministic."""
     padding = lengths is not None or positions is not None
-    options = Options(Scores(float(scale), soft_cap), *_configs(q, k, v), padding)
+    options = Options(Scores(float(scale), soft_cap), *_configs(q, k, v, deterministic), padding)
     queries, keys = q.shape[1], k.shape[1]
     of = spans(
         queries,
@@ -66,9 +65,8 @@ def attention(
         # A weight of 0 does not silence a NaN.
         v = jnp.where(_readable(of)[:, :, None, None], v, 0)
     all_queries = _round_up(queries, math.lcm(options.forward.tile, TILE, options.backward.query_block))
-    all_keys = _round_up(
-        keys, math.lcm(options.forward.block, key_tile(options.backward.split), options.backward.key_block)
-    )
+    backward_keys = options.backward.keys(q.shape[3], v.shape[3], options.scores)
+    all_keys = _round_up(keys, math.lcm(options.forward.block, backward_keys))
     of = of.padded(all_queries, all_keys)
     out, lse = _attend(options, _padded(q, all_queries), _padded(k, all_keys), _padded(v, all_keys), of)
     return out[:, :queries], jnp.swapaxes(lse, 1, 2)[:, :queries]
@@ -96,8 +94,9 @@ def _attend_backward(options: Options, residuals: Any, cotangents: Any) -> tuple
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _configs(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[ForwardConfig, BackwardConfig]:
+def _configs(q: jax.Array, k: jax.Array, v: jax.Array, deterministic: bool) -> tuple[ForwardConfig, BackwardConfig]:
     """The heuristics' choices, with what the tuning table says of each kernel in their place."""
+    fused = () if deterministic else ("fused",)
     widths = q.shape[3], v.shape[3]
 
     def tuned_to(*kernels: str) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _configs(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[ForwardConfig, B
 
     return (
         dataclasses.replace(default_forward_config(*widths), **tuned_to("forward")),
-        dataclasses.replace(default_backward_config(*widths), **tuned_to("dkv", "dq")),
+        dataclasses.replace(default_backward_config(*widths), **tuned_to("dkv", "dq", *fused)),
     )
 
 

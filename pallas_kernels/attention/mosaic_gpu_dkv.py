@@ -7,7 +7,6 @@ the result does not depend on their order.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -17,17 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.attention.mosaic_gpu_key_tile import CONSUMERS, Inputs, KeyTile, key_tile
 from pallas_kernels.attention.mosaic_gpu_scores import ROWS, Scores
 from pallas_kernels.attention.ring import barriers, fill, ring
 from pallas_kernels.attention.spans import Spans, query_tiles
-from pallas_kernels.attention.walk import Walk, place, sections
-
-CONSUMERS = 2
-
-
-def key_tile(split: bool) -> int:
-    """Keys of a thread block."""
-    return ROWS if split else CONSUMERS * ROWS
+from pallas_kernels.attention.walk import sections
 
 
 def key_value_gradients(
@@ -58,101 +51,66 @@ def key_value_gradients(
     shape = (ROWS, block)
 
     def body(*refs: Any) -> None:
-        q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, at_ref, low_ref, high_ref, ranges_ref, *rest = refs
-        dk_ref, dv_ref, k_smem, v_smem, q_smem, lse_smem, dout_smem, delta_smem, *rest = rest
+        inputs, (dk_ref, dv_ref, *rest) = Inputs(*refs[: len(Inputs._fields)]), refs[len(Inputs._fields) :]
+        k_smem, v_smem, q_smem, lse_smem, dout_smem, delta_smem, *rest = rest
         k_full, v_full, q_barriers, dout_barriers, *handed = rest
+        mine = KeyTile.of_this_block(inputs, section=section, tiles=tiles, tile=tile, block=block)
+        steps = mine.walk.steps
         q_ring = ring((q_smem, lse_smem), q_barriers, stages)
         dout_ring = ring((dout_smem, delta_smem), dout_barriers, stages)
         me = lax.axis_index("warpgroup")
-        head_of_all, number = place(lax.axis_index("block"), section, tiles)
-        b, kv_head = lax.div(head_of_all, kv_heads), lax.rem(head_of_all, kv_heads)
-        walk = Walk.read(ranges_ref, b, number, times=group)
-
-        def start(mine: Any) -> tuple[Any, jax.Array]:
-            """Begins to load this consumer's keys and values; gives their rows and positions."""
-            rows = pl.ds(number * tile + (0 if split else me * ROWS), ROWS)
-            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, kv_head], k_smem.at[mine], k_full.at[mine])
-            plgpu.copy_gmem_to_smem(v_ref.at[b, rows, kv_head], v_smem.at[mine], v_full.at[mine])
-            where = (0 if at_ref.shape[0] == 1 else b, rows)
-            return rows, hopper.load(at_ref.at[where], hopper.ROWS, optimized=False)
-
-        def seen(i: jax.Array, at: jax.Array) -> jax.Array:
-            here = (0 if low_ref.shape[0] == 1 else b, pl.ds(walk.at(i)[1] * block, block))
-            low, high = (hopper.load(ref.at[here], hopper.COLUMNS, optimized=False) for ref in (low_ref, high_ref))
-            at = hopper.rows_over(at, shape)
-            return (at >= hopper.columns_over(low, shape)) & (at <= hopper.columns_over(high, shape))
-
-        def columns(buffer: Any, slot: jax.Array) -> jax.Array:
-            return hopper.columns_over(hopper.load(buffer.at[slot], hopper.COLUMNS), shape)
-
-        def loop(step: Any, init: Any) -> Any:
-            carry = lax.fori_loop(0, walk.plain_steps, functools.partial(step, mask=False), init)
-            return lax.fori_loop(walk.plain_steps, walk.steps, functools.partial(step, mask=True), carry)
-
-        def store(value: jax.Array, staged: Any, ref: Any, rows: Any) -> None:
-            staged[...] = value.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staged, ref.at[b, rows, kv_head])
-            plgpu.wait_smem_to_gmem(0)
 
         @pl.when(me == CONSUMERS)
         def produce() -> None:
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][1], action="decrease")
-
-            def sources(i: jax.Array) -> tuple[tuple[Any, Any], ...]:
-                of_group, at = walk.at(i)
-                head, rows = kv_head * group + of_group, pl.ds(at * block, block)
-                return (
-                    (q_ref.at[b, rows, head], lse_ref.at[b, head, rows]),
-                    (dout_ref.at[b, rows, head], delta_ref.at[b, head, rows]),
-                )
-
-            fill(walk.steps, (q_ring, dout_ring), sources)
+            fill(steps, (q_ring, dout_ring), mine.sources)
 
         def both() -> None:
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
-            rows, at = start(me)
+            rows = pl.ds(mine.first + me * ROWS, ROWS)
+            mine.start(rows, k_smem.at[me], v_smem.at[me], k_full.at[me], v_full.at[me])
             plgpu.barrier_wait(k_full.at[me])
             plgpu.barrier_wait(v_full.at[me])
 
             def step(i: jax.Array, carry: tuple[jax.Array, ...], *, mask: bool) -> tuple[jax.Array, ...]:
                 dk, dv = carry
-                visible = seen(i, at) if mask else None
-                mine = hopper.within_loop(me, i)
+                visible = mine.seen(i, rows) if mask else None
+                own = hopper.within_loop(me, i)
                 slot = q_ring.wait(i)
-                raw = hopper.product(k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
-                p, slope = scores.probabilities(raw, columns(lse_smem, slot), visible)
+                raw = hopper.product(k_smem.at[own], q_smem.at[slot].transpose((1, 0)))
+                p, slope = scores.probabilities(raw, mine.per_query(lse_smem, slot), visible)
                 narrow = p.astype(dtype)
                 dout_ring.wait(i)
 
                 def products(sums: Any) -> None:
                     hopper.matmul_into(sums[0], narrow, dout_smem.at[slot])
-                    hopper.matmul_into(sums[1], v_smem.at[mine], dout_smem.at[slot].transpose((1, 0)))
+                    hopper.matmul_into(sums[1], v_smem.at[own], dout_smem.at[slot].transpose((1, 0)))
 
                 nothing = hopper.filled(shape, 0.0, plgpu.Layout.WGMMA)
                 dv, change = hopper.accumulate(products, (dv, nothing))
-                change = (slope * (change - columns(delta_smem, slot))).astype(dtype)
+                change = (slope * (change - mine.per_query(delta_smem, slot))).astype(dtype)
                 dout_ring.release(i)
                 dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, q_smem.at[slot]), dk)
                 q_ring.release(i)
                 return dk, dv
 
             nothing = (hopper.filled((ROWS, w), 0.0, plgpu.Layout.WGMMA) for w in (width, value_width))
-            dk, dv = loop(step, tuple(nothing))
-            store(dk * scores.scale, k_smem.at[me], dk_ref, rows)
-            store(dv, v_smem.at[me], dv_ref, rows)
+            dk, dv = mine.loop(step, tuple(nothing))
+            mine.store(dk * scores.scale, k_smem.at[me], dk_ref, rows)
+            mine.store(dv, v_smem.at[me], dv_ref, rows)
 
         def values() -> None:
             p_smem, p_full, p_free = handed
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
-            rows, at = start(0)
+            rows = pl.ds(mine.first, ROWS)
+            mine.start(rows, k_smem.at[0], v_smem.at[0], k_full.at[0], v_full.at[0])
             plgpu.barrier_wait(k_full.at[0])
 
             def step(i: jax.Array, dv: jax.Array, *, mask: bool) -> jax.Array:
-                visible = seen(i, at) if mask else None
+                visible = mine.seen(i, rows) if mask else None
                 slot = q_ring.wait(i)
                 raw = hopper.product(k_smem.at[hopper.within_loop(0, i)], q_smem.at[slot].transpose((1, 0)))
-                p, slope = scores.probabilities(raw, columns(lse_smem, slot), visible)
+                p, slope = scores.probabilities(raw, mine.per_query(lse_smem, slot), visible)
                 q_ring.release(i)
                 hand = lax.rem(i, 2)
 
@@ -169,26 +127,25 @@ def key_value_gradients(
                 dout_ring.release(i)
                 return dv
 
-            dv = loop(step, hopper.filled((ROWS, value_width), 0.0, plgpu.Layout.WGMMA))
+            dv = mine.loop(step, hopper.filled((ROWS, value_width), 0.0, plgpu.Layout.WGMMA))
 
             def drain(i: jax.Array, _: Any) -> None:
                 plgpu.barrier_wait(p_free.at[lax.rem(i, 2)])
 
             # Once all is handed over the other consumer needs the values no more, whose place dv takes.
-            lax.fori_loop(jnp.maximum(walk.steps - 2, 0), walk.steps, drain, None)
+            lax.fori_loop(jnp.maximum(steps - 2, 0), steps, drain, None)
             plgpu.barrier_wait(v_full.at[0])
-            store(dv, v_smem.at[0], dv_ref, rows)
+            mine.store(dv, v_smem.at[0], dv_ref, rows)
 
         def keys_only() -> None:
             p_smem, p_full, p_free = handed
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
             plgpu.barrier_wait(v_full.at[0])
 
-            def step(i: jax.Array, dk: jax.Array, *, mask: bool) -> jax.Array:
-                del mask
+            def step(i: jax.Array, dk: jax.Array) -> jax.Array:
                 slot = dout_ring.wait(i)
                 change = hopper.product(v_smem.at[hopper.within_loop(0, i)], dout_smem.at[slot].transpose((1, 0)))
-                change = change - columns(delta_smem, slot)
+                change = change - mine.per_query(delta_smem, slot)
                 dout_ring.release(i)
                 hand = lax.rem(i, 2)
                 plgpu.barrier_wait(p_full.at[hand])
@@ -201,10 +158,10 @@ def key_value_gradients(
                 return dk
 
             dk = hopper.filled((ROWS, width), 0.0, plgpu.Layout.WGMMA)
-            dk = lax.fori_loop(0, walk.steps, functools.partial(step, mask=False), dk)
+            dk = lax.fori_loop(0, steps, step, dk)
             # The other consumer's last product with the keys came before the last probabilities it handed over.
             plgpu.barrier_wait(k_full.at[0])
-            store(dk * scores.scale, k_smem.at[0], dk_ref, pl.ds(number * tile, ROWS))
+            mine.store(dk * scores.scale, k_smem.at[0], dk_ref, pl.ds(mine.first, ROWS))
 
         if split:
             pl.when(me == 0)(values)

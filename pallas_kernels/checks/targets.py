@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
+from pallas_kernels import tuning
 from pallas_kernels.checks import workloads
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.peers import Call
@@ -60,7 +61,7 @@ def targets() -> list[Target]:
     return [
         causal[128],
         _decode(8, "bfloat16", 0.9),
-        _backward(causal[128], 128, 500e12),
+        *(_backward(causal[128], 128, 500e12, fused) for fused in (False, True)),
         _plain(workloads.latent(16, 64, CONTEXT), Goal("copy", 0.85)),
         causal[64],
         causal[256],
@@ -68,7 +69,7 @@ def targets() -> list[Target]:
         _decode(8, "float8_e4m3fn", 0.75),
         _packed("int4"),
         _packed("kivi 2 bits"),
-        _backward(causal[256], 256, 400e12),
+        *(_backward(causal[256], 256, 400e12, fused) for fused in (False, True)),
         _plain(workloads.large_pool(), Goal("numbers")),
         *full,
         _plain(workloads.latent(16, 128, CONTEXT), Goal("copy", 0.85)),
@@ -90,11 +91,20 @@ def _forward(width: int, causal: bool) -> Target:
     return Target(_named(workloads.forward(heads, width, causal, TOKENS)), Goal("peer", peer="cudnn"), call)
 
 
-def _backward(forward: Target, width: int, least: float) -> Target:
+def _backward(forward: Target, width: int, least: float, fused: bool) -> Target:
+    """In two kernels, or fused in one: side by side, whichever of them is tuned. Peers are asked once."""
     heads = CHANNELS // width
-    call = Call("backward", 1, TOKENS, TOKENS, heads, heads, width, True)
-    case = _named(workloads.backward(heads, width, True, TOKENS))
-    return Target(case, Goal("rate", least), call, forward.case.name)
+    call = None if fused else Call("backward", 1, TOKENS, TOKENS, heads, heads, width, True)
+    tuned = workloads.backward(heads, width, True, TOKENS)
+
+    def forced(*arrays: Any) -> Any:
+        with tuning.forced("attention", "fused", {"fused": fused}):
+            return tuned.call(*arrays)
+
+    name = f"{tuned.name}, {'fused' if fused else 'two kernels'}"
+    return Target(
+        _named(dataclasses.replace(tuned, name=name, call=forced)), Goal("rate", least), call, forward.case.name
+    )
 
 
 def _packed(codes: str) -> Target:

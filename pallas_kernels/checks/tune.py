@@ -30,6 +30,7 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "forward": {"block": (64, 128), "stages": (2, 3), "consumers": (2, 3)},
     "dkv": {"stages": (2, 3), "split": (False, True)},
     "dq": {"key_block": (64, 128), "v_stages": (1, 2)},
+    "fused": {"fused": (True,), "dout_stages": (1, 2), "dq_columns": (64, 128)},
     "decode": {"stages": (2, 4, 6), "splits": (1, 4, 8, 16, 32)},
     "latent": {"splits": (1, 2, 4, 8, 16, 32)},
     "backend": {"name": ("mosaic_gpu", "cudnn")},
@@ -39,6 +40,7 @@ SOURCES = {
     "forward": "attention.mosaic_gpu_forward",
     "dkv": "attention.mosaic_gpu_dkv",
     "dq": "attention.mosaic_gpu_dq",
+    "fused": "attention.mosaic_gpu_fused",
     "decode": "paged_attention.mosaic_gpu",
     "latent": "paged_attention.mosaic_gpu",
 }
@@ -102,8 +104,9 @@ def all_workloads() -> list[Workload]:
     """What is tuned, the most telling first; backends are compared once their kernels are tuned."""
     found = []
     dense = list(itertools.product((16384, 2048), (128, 64, 256)))
-    # The kernels of the backward pass follow each other, so each is tuned for itself.
-    for kernel, make in (("forward", workloads.forward), ("dkv", workloads.backward), ("dq", workloads.backward)):
+    # The kernels of the backward pass follow each other, so each is tuned for itself; then both against the fused one.
+    for kernel in ("forward", "dkv", "dq", "fused"):
+        make = workloads.forward if kernel == "forward" else workloads.backward
         for tokens, width in dense:
             key = Key(kernel, "bfloat16", width, 0, 0, bucket(tokens), 0)
             found.append(Workload("attention", key, functools.partial(make, 2048 // width, width, True, tokens)))

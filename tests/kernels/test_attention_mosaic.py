@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import use_abstract_mesh
 
-from pallas_kernels import attention, device
-from pallas_kernels.attention import cudnn, mosaic_gpu, reference
+from pallas_kernels import attention, device, hopper, sums, tuning
+from pallas_kernels.attention import cudnn, mosaic_gpu, mosaic_gpu_call, reference
 from pallas_kernels.attention.cases import cases
 from pallas_kernels.attention.spans import key_blocks, query_tiles, spans
 from pallas_kernels.attention.walk import place, sections
-from pallas_kernels.checks import interpret
+from pallas_kernels.checks import interpret, lowering
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.numerics import GRADIENT_TOLERANCE, compare
 
@@ -90,6 +94,87 @@ def test_gradients_know_nothing_of_padding() -> None:
     expected = gradients("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
     differences = compare(found, expected, GRADIENT_TOLERANCE)
     assert all(difference.passed for difference in differences), differences
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_gradients_never_take_the_fused_kernel(fused: bool, deterministic: bool) -> None:
+    q, k, v = random(5, (1, 64, 2, 64), (1, 64, 1, 64), (1, 64, 1, 64))
+
+    def gradients(*qkv: jax.Array) -> Any:
+        options = dict(deterministic=deterministic, backend="mosaic_gpu")
+        return jax.grad(lambda *x: attention(*x, **options)[0].sum().astype(jnp.float32), argnums=(0, 1, 2))(*qkv)
+
+    with tuning.forced("attention", "fused", {"fused": fused}):
+        program = str(jax.make_jaxpr(gradients)(q, k, v))
+    kernels = {name for name in ("attention_dqkv", "attention_dkv", "attention_dq") if f"name={name}\n" in program}
+    assert kernels == ({"attention_dqkv"} if fused and not deterministic else {"attention_dkv", "attention_dq"})
+    assert ("reduction_op=add" in program) == (fused and not deterministic)
+
+
+def test_an_untuned_device_takes_the_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has measured the fused one, and only a GPU can tell whether its sum is right."""
+    monkeypatch.setattr(tuning, "device_kind", lambda: "NVIDIA Z999 one of a kind")
+    for key, value in mosaic_gpu.WIDTHS:
+        q, v = (jax.ShapeDtypeStruct((1, 2048, 8, width), jnp.bfloat16) for width in (key, value))
+        assert not mosaic_gpu_call._configs(q, q, v, False)[1].fused
+
+
+def summed(blocks: int = 4) -> Any:
+    """[64 * blocks, 32] -> (itself, the sum of its `blocks` parts), by a kernel whose blocks add to the sum."""
+
+    def body(x_ref: Any, sum_ref: Any, out_ref: Any, staged: Any, full: Any) -> None:
+        number = jax.lax.axis_index("block")
+        rows = pl.ds(number * 64, 64)
+
+        @pl.when(jax.lax.axis_index("warpgroup") == 0)
+        def _() -> None:
+            plgpu.copy_gmem_to_smem(x_ref.at[rows], staged, full)
+            plgpu.barrier_wait(full)
+            sums.add(staged, sum_ref, number, (pl.ds(0, 64),))
+            plgpu.copy_smem_to_gmem(staged, out_ref.at[rows])
+            plgpu.wait_smem_to_gmem(0)
+
+    run = hopper.kernel(
+        body,
+        name="summed",
+        out_type=jax.ShapeDtypeStruct((64 * blocks, 32), jnp.float32),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        scratch_types=(hopper.tiles((64, 32), jnp.float32), plgpu.Barrier()),
+    )
+    return sums.with_sum(run, (64, 32), blocks)
+
+
+@interpreting
+def test_a_sum_across_blocks_begins_at_zero_in_every_call() -> None:
+    (x,) = random(6, (256, 32), dtype="float32")
+    with interpret.interpreted() as watch:
+        call = jax.jit(lambda x: (summed()(x), summed()(x)))
+        found = [np.asarray(total) for (_, total) in (*call(x), *call(x))]
+    assert not watch.races
+    # float32 sums of four terms near 1.
+    np.testing.assert_allclose(found[0], np.asarray(x).reshape(4, 64, 32).sum(0), atol=2e-6)
+    for again in found[1:]:
+        np.testing.assert_array_equal(again, found[0])
+
+
+def test_what_blocks_add_to_are_zeros_of_the_same_program() -> None:
+    """Lowered for an H100: the sum shares memory with an operand, and that operand is a broadcast of 0."""
+    with use_abstract_mesh(lowering.abstract_h100()):
+        traced = jax.jit(lambda x: summed()(x)).trace(jax.ShapeDtypeStruct((256, 32), jnp.float32))
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    operands, attributes = re.findall(r"custom_call @mosaic_gpu_v2\(([^)]*)\)(.*)", program)[0]
+    alias = re.search(r"output_tuple_indices = \[1\], operand_index = (\d)", attributes)
+    assert alias is not None
+    shared = operands.split(", ")[int(alias[1])]
+    # From jax 0.11 on its sharding is stated in between.
+    if (stated := re.search(rf"{shared} = sdy.sharding_constraint (%\w+) ", program)) is not None:
+        shared = stated[1]
+    zeros = re.search(rf"{shared} = stablehlo.broadcast_in_dim (%\w+),", program)
+    assert zeros is not None
+    assert f"{zeros[1]} = stablehlo.constant dense<0.000000e+00>" in program
 
 
 def random_spans(seed: int) -> Any:

@@ -55,10 +55,10 @@ def test_an_entry_that_cannot_be_built_is_found(key: tuning.Key, config: dict[st
 
 def test_an_entry_for_one_kernel_of_the_backward_pass_leaves_the_rest_to_the_heuristic() -> None:
     q = jax.ShapeDtypeStruct((1, 2048, 16, 128), jnp.bfloat16)
-    forward, backward = mosaic_gpu_call._configs(q, q, q)
+    forward, backward = mosaic_gpu_call._configs(q, q, q, False)
     with tuning.forced("attention", "dq", {"key_block": 2 * backward.key_block}):
         changed = dataclasses.replace(backward, key_block=2 * backward.key_block)
-        assert mosaic_gpu_call._configs(q, q, q) == (forward, changed)
+        assert mosaic_gpu_call._configs(q, q, q, False) == (forward, changed)
 
 
 def test_a_device_without_a_table_takes_the_heuristic(monkeypatch: pytest.MonkeyPatch) -> None:
