@@ -87,7 +87,7 @@ class Candidate:
 
     @property
     def compiled(self) -> str | None:
-        """What the compiler sees of it: the same for every length and batch, which change nothing but numbers.
+        """What the compiler sees of it: much the same for every length and batch, which change nothing but numbers.
 
         None: there is nothing to prune, as the heuristic is always timed.
         """

@@ -23,6 +23,7 @@ class Shape:
 
     Attributes:
       sharers: packed into one product. value: the width of values within keys; 0: a pool of their own.
+      codes: pools hold int8 with a scale per vector.
     """
 
     batch: int = 32
@@ -36,6 +37,7 @@ class Shape:
     sharers: int = 16
     dtype: str = "bfloat16"
     page: int = PAGE
+    codes: bool = False
 
     @property
     def reads(self) -> int:
@@ -47,7 +49,8 @@ class Shape:
         """What the two phases read at least; partial results are not counted."""
         vectors = self.kv_heads * (1 if self.value else 2)
         slots = self.reads * self.prefix + self.batch * self.own
-        return float(slots * vectors * self.width * jnp.dtype(self.dtype).itemsize)
+        vector = self.width + 4 if self.codes else self.width * jnp.dtype(self.dtype).itemsize
+        return float(slots * vectors * vector)
 
     @property
     def flops(self) -> float:
@@ -57,7 +60,7 @@ class Shape:
 
 
 def inputs(shape: Shape) -> Callable[[int], tuple[Any, ...]]:
-    """q, k_pool, v_pool or None, prefix_table, prefix_lengths, group, block_table, lengths, layer."""
+    """q, k_pool, v_pool or None, prefix_table, prefix_lengths, group, block_table, lengths, scales by name, layer."""
 
     def make(seed: int) -> tuple[Any, ...]:
         keys = jax.random.split(jax.random.key(seed), 4)
@@ -65,8 +68,10 @@ def inputs(shape: Shape) -> Callable[[int], tuple[Any, ...]]:
         pages = shape.groups * entries + shape.batch * own
         pool = (pages, LAYERS, shape.kv_heads, shape.page, shape.width)
         q = jax.random.normal(keys[0], (shape.batch, 1, shape.heads, shape.width), jnp.dtype(shape.dtype))
-        k = jax.random.normal(keys[1], pool, jnp.dtype(shape.dtype))
-        v = None if shape.value else jax.random.normal(keys[2], pool, jnp.dtype(shape.dtype))
+        k = _vectors(keys[1], pool, shape)
+        v = None if shape.value else _vectors(keys[2], pool, shape)
+        # Of a size that makes of codes about what a normal distribution gives.
+        scales = [jax.random.uniform(key, pool[:4], minval=0.01, maxval=0.02) for key in keys[1:3]]
         numbers = jax.random.permutation(keys[3], pages).astype(jnp.int32)
         return (
             q,
@@ -78,18 +83,26 @@ def inputs(shape: Shape) -> Callable[[int], tuple[Any, ...]]:
             (jnp.arange(shape.batch) % shape.groups).astype(jnp.int32),
             numbers[shape.groups * entries :].reshape(shape.batch, 1, own),
             jnp.full((shape.batch, 1), shape.own - 5, jnp.int32),
+            dict(zip(("k_scale", "v_scale"), scales, strict=True)) if shape.codes else {},
             jnp.full(1, LAYER, jnp.int32),
         )
 
     return make
 
 
+def _vectors(key: jax.Array, pool: tuple[int, ...], shape: Shape) -> jax.Array:
+    """A pool of them, or of codes."""
+    if shape.codes:
+        return jax.random.randint(key, pool, -127, 128, jnp.int8)
+    return jax.random.normal(key, pool, jnp.dtype(shape.dtype))
+
+
 def attend(shape: Shape, backend: str) -> Callable[..., Any]:
     """The two phases on such arguments, through one backend."""
 
     def call(*arguments: Any) -> Any:
-        *arrays, layer = arguments
-        options = dict(layer=layer, value_dim=shape.value or None, sharers=shape.sharers)
+        *arrays, scales, layer = arguments
+        options = dict(layer=layer, value_dim=shape.value or None, sharers=shape.sharers, **scales)
         return shared_prefix(*arrays, **options, backend=backend)
 
     return call
@@ -99,18 +112,21 @@ def alone(shape: Shape) -> Callable[..., Any]:
     """Plain attention on such arguments, every sequence for itself, in float32."""
 
     def call(q: Any, *arguments: Any) -> Any:
-        *arrays, layer = arguments
-        return reference.shared_prefix(q.astype(jnp.float32), *arrays, layer=layer, value_dim=shape.value or None)
+        *arrays, scales, layer = arguments
+        value = shape.value or None
+        return reference.shared_prefix(q.astype(jnp.float32), *arrays, layer=layer, value_dim=value, **scales)
 
     return call
 
 
 SMALL = {
     "two groups": Shape(4, 2, 64, 32, 4, 2, 64, 0, 2, "float16", 32),
+    "int8": Shape(3, 1, 64, 32, 4, 2, 128, 0, 2, "float16", 32, codes=True),
 }
 FULL = {
     "32 sequences on one prefix of 8k": Shape(),
     "32 sequences in 4 groups": Shape(groups=4, sharers=8),
+    "32 sequences on one prefix of 8k, int8": Shape(codes=True),
     "mla 16 heads, 16 sequences": Shape(16, 1, 4096, 512, 16, 1, 576, 512, 4),
 }
 
