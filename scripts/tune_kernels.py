@@ -107,6 +107,8 @@ def main(arguments: Arguments) -> int:
     else:
         console.print(f"not pruned: {reason}")
     left = [candidate for candidate in candidates if pruned.get(candidate) is not False]
+    if on_gpu.missing() is None:
+        left = [candidate for candidate in left if candidate.workload.serves_here()]
     console.print(f"{len(left)} of {len(candidates)} candidates are left to time")
     if (reason := on_gpu.missing()) is not None:
         console.print(f"not timed: {reason}")

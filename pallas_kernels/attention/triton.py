@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, triton_call
+from pallas_kernels.tuning import Key, bucket, tuned
 
 LARGE = 160000
 """Bytes of shared memory of a program, from which the larger tiles fit."""
@@ -84,6 +85,9 @@ def _attention(
     rows, columns, warps, stages = (128, 64, 8, 3) if max(width, value) <= 128 else (64, 64, 8, 2)
     if triton_call.shared_memory() < LARGE:
         rows, columns, stages = (64, 64, 2) if max(width, value) <= 128 else (32, 32, 2)
+    key = Key("triton_forward", q.dtype.name, width, 0, 0, bucket(k.shape[1]), 0)
+    if (chosen := tuned("attention", key)) is not None:
+        rows, columns, warps, stages = (chosen[name] for name in ("rows", "columns", "warps", "stages"))
     rows = min(rows, triton_call.power_of_two(tokens))
     out, lse = triton_call.launch(
         attention_kernel,

@@ -20,10 +20,12 @@ import jax
 
 import pallas_kernels
 from pallas_kernels import tuning
+from pallas_kernels.attention import mosaic_gpu
 from pallas_kernels.checks import lowering, workloads
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.files import replace
 from pallas_kernels.checks.gates import Verdict, brief
+from pallas_kernels.paged_attention.triton_cases import DEVICES
 from pallas_kernels.tuning import Key, bucket
 
 FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -33,6 +35,8 @@ FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "fused": {"fused": (True,), "dout_stages": (1, 2), "dq_columns": (64, 128)},
     "decode": {"stages": (2, 4, 6), "splits": (1, 4, 8, 16, 32)},
     "latent": {"splits": (1, 2, 4, 8, 16, 32)},
+    "triton_forward": {"rows": (64, 128), "columns": (32, 64), "warps": (8,), "stages": (2, 3)},
+    "triton_decode": {"slots": (32, 64, 128), "stages": (2, 4), "splits": (1, 4, 8, 16, 32)},
     "backend": {"name": ("mosaic_gpu", "cudnn")},
 }
 """Kernel -> what its configuration may say; of "backend", which one serves dense calls."""
@@ -43,6 +47,8 @@ SOURCES = {
     "fused": "attention.mosaic_gpu_fused",
     "decode": "paged_attention.mosaic_gpu",
     "latent": "paged_attention.mosaic_gpu",
+    "triton_forward": "attention.triton",
+    "triton_decode": "paged_attention.triton",
 }
 """Kernel -> the module that makes it."""
 
@@ -59,6 +65,15 @@ class Workload:
     key: Key
     make: Callable[[str], Case]
 
+    @property
+    def backend(self) -> str:
+        """Whose kernel it is."""
+        return "triton" if self.key.kernel.startswith("triton") else "mosaic_gpu"
+
+    def serves_here(self) -> bool:
+        """Whether the default device takes this kernel for such a call: Triton's where it has none of Mosaic GPU."""
+        return (mosaic_gpu.unavailable() is None) == (self.backend == "mosaic_gpu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -71,7 +86,9 @@ class Candidate:
     def case(self) -> Case:
         """The workload's case, run so."""
         config, key = self.config, self.workload.key
-        case = self.workload.make("mosaic_gpu")
+        case = self.workload.make(self.workload.backend)
+        if self.workload.backend == "triton":
+            case = dataclasses.replace(case, device=DEVICES)
         begin = f"tune {key.kernel} {case.name}"
         if config is None:
             return dataclasses.replace(case, name=f"{begin}: heuristic", baseline=None)
@@ -105,17 +122,18 @@ def all_workloads() -> list[Workload]:
     found = []
     dense = list(itertools.product((16384, 2048), (128, 64, 256)))
     # The kernels of the backward pass follow each other, so each is tuned for itself; then both against the fused one.
-    for kernel in ("forward", "dkv", "dq", "fused"):
-        make = workloads.forward if kernel == "forward" else workloads.backward
+    for kernel in ("forward", "dkv", "dq", "fused", "triton_forward"):
+        make = workloads.forward if kernel.endswith("forward") else workloads.backward
         for tokens, width in dense:
             key = Key(kernel, "bfloat16", width, 0, 0, bucket(tokens), 0)
             found.append(Workload("attention", key, functools.partial(make, 2048 // width, width, True, tokens)))
     for context, batch, dtype, page in itertools.product((32768, 4096), (1, 8, 64), ("bfloat16", "int8"), (64, 16)):
         # Small pages are tuned where they matter most.
         if context * batch <= 2**19 and (page == 64 or (context, batch, dtype) == (32768, 8, "bfloat16")):
-            key = Key("decode", dtype, 128, 4, page, bucket(context), bucket(batch))
-            decode = functools.partial(_decode, batch, dtype, context, page)
-            found.append(Workload("paged_attention", key, decode))
+            for kernel in ("decode", "triton_decode"):
+                key = Key(kernel, dtype, 128, 4, page, bucket(context), bucket(batch))
+                decode = functools.partial(_decode, batch, dtype, context, page)
+                found.append(Workload("paged_attention", key, decode))
     for batch in (1, 16):
         key = Key("latent", "bfloat16", 576, 64, 64, 32768, bucket(batch))
         found.append(Workload("paged_attention", key, functools.partial(_latent, batch)))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import device, triton_call
 from pallas_kernels.merge import merge
 from pallas_kernels.paged_attention.reference import codes_per_byte
+from pallas_kernels.tuning import Key, bucket, tuned
 
 CODES = ("int8", "float8_e4m3fn", "float8_e5m2")
 MULTIPROCESSORS = 132
@@ -167,7 +168,7 @@ def paged_attention(
     v_min: jax.Array | None,
     cut: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.paged_attention`. cut: how the call is cut up, None for a rule of thumb."""
+    """See `api.paged_attention`. cut: how the call is cut up, None for what was tuned or a rule of thumb."""
     from pallas_kernels.paged_attention.triton_kernel import paged_attention_kernel
 
     batch, tokens, heads, width = q.shape
@@ -193,6 +194,10 @@ def paged_attention(
             by_page=packed > 1 and _coding("K", k_pool, k_scale, packed)["K_GROUP"] == 0,
             memory=triton_call.shared_memory(),
         )
+        if tokens == 1:
+            slots = bucket(shape["ENTRIES"] * shape["PAGE"])
+            decode = Key("triton_decode", k_pool.dtype.name, width, shape["GROUP"], shape["PAGE"], slots, bucket(batch))
+            cut = dataclasses.replace(cut, **(tuned("paged_attention", decode) or {}))
     out_dtype = q.dtype if cut.splits == 1 else jnp.dtype(jnp.float32)
     outs, lses = triton_call.launch(
         paged_attention_kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from pallas_kernels import device, triton_call
+from pallas_kernels import device, triton_call, tuning
 from pallas_kernels.attention import triton as dense
 from pallas_kernels.attention import triton_cases as dense_cases
 from pallas_kernels.checks.case import Case
@@ -164,3 +165,32 @@ def test_tiles_split_long_rows_only_as_far_as_programs_are_few() -> None:
 def test_tiles_fit_into_shared_memory(rows: int, width: int, value: int, memory: int) -> None:
     tiles = paged.tiles(rows, 8, 4096, width, 2 * (width + value), coded=False, memory=memory)
     assert tiles.stages * tiles.slots * 2 * (width + value) <= memory
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("operation", "kernel", "config", "constants"),
+    [
+        ("attention", "triton_forward", dict(rows=64, columns=32, warps=8, stages=3), dict(BLOCK_M=64, BLOCK_N=32)),
+        ("paged_attention", "triton_decode", dict(slots=128, splits=3, stages=2), dict(BLOCK_N=128, SPLITS=3)),
+    ],
+)
+def test_calls_are_cut_up_as_was_tuned(
+    monkeypatch: pytest.MonkeyPatch, operation: str, kernel: str, config: dict[str, int], constants: dict[str, int]
+) -> None:
+    launched: list[dict[str, Any]] = []
+
+    def launch(_: Any, __: Any, outputs: Any, *___: Any, **options: Any) -> list[jax.Array]:
+        launched.append(options)
+        return [jnp.zeros(out.shape, out.dtype) for out in outputs]
+
+    monkeypatch.setattr(triton_call, "launch", launch)
+    case = CASES["triton forward d128 causal" if operation == "attention" else "triton decode d128"]
+    for given in ({}, config):
+        with tuning.forced(operation, kernel, given) if given else contextlib.nullcontext():
+            # Not the call itself, which is traced once for all.
+            jax.eval_shape(lambda *arguments: case.call(*arguments), *shapes(case))
+    untuned, tuned = launched
+    assert {name: tuned[name] for name in constants} == constants
+    assert tuned["stages"] == config["stages"]
+    assert {name: untuned[name] for name in constants} != constants
