@@ -1,10 +1,13 @@
 """Dense attention on TPUs: jax's own splash attention, forward and backward.
 
-Splash takes one sequence, heads first, whole blocks and no scale, so queries are scaled, rows and columns padded, and the
-batch mapped over. Lengths and segments become its segment ids. It gives the log-sum-exp only where it is not
-differentiated, hence a rule of our own: the gradients of `out` are splash's. Where the log-sum-exp is used too, as learned
-sinks and merged partial results do, its gradient is attention again, one more forward and backward pass; under a soft cap
-it is not, and plain jnp makes the scores of all pairs for it. A log-sum-exp that nobody uses costs nothing.
+Splash takes one sequence, heads first, whole blocks and no scale, so queries are scaled, rows and columns padded, and
+the batch mapped over; a scale that is no power of two rounds queries once more, to their dtype. Lengths and segments
+become its segment ids.
+
+It gives the log-sum-exp only where it is not differentiated, hence a rule of our own: the gradients of `out` are
+splash's. Where the log-sum-exp is used too, as by learned sinks and merged partial results, its gradient is attention
+again, one more forward and backward pass; under a soft cap it is not, and plain jnp makes the scores of all pairs for
+it. Gradients of `out` alone pay for neither, nor, without lengths, for a log-sum-exp.
 """
 
 from __future__ import annotations
@@ -138,8 +141,8 @@ def _up(number: int, step: int) -> int:
 
 def _padded(x: jax.Array, block: int) -> jax.Array:
     """[B, T, H, D] -> [B, H, T', D'] of whole blocks and registers."""
-    rows, width = x.shape[1], x.shape[3]
-    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, _up(rows, block) - rows), (0, _up(width, LANES) - width)))
+    rows, columns = (_up(x.shape[axis], step) - x.shape[axis] for axis, step in ((1, block), (3, LANES)))
+    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, rows), (0, columns)))
 
 
 def _ids(
@@ -168,6 +171,7 @@ def _splash(plan: Plan, residuals: bool, ids: Ids) -> Callable[..., Any]:
 
     def call(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         shape, offset = (q.shape[2], k.shape[2]), plan.keys - plan.tokens
+        mask: splash.Mask
         if not plan.causal:
             mask = splash.FullMask(shape)
         elif plan.window is None:
