@@ -7,12 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import cudnn, mosaic_gpu, reference, triton
+from pallas_kernels.attention import cudnn, mosaic_gpu, reference, tpu, triton
 from pallas_kernels.dispatch import Backend, choose
 from pallas_kernels.tuning import Key, bucket, tuned
 from pallas_kernels.validation import floats, heads_of, integers, not_empty, number, same_dtype, window_of
 
-BACKENDS = {"cudnn": vars(cudnn), "mosaic_gpu": vars(mosaic_gpu), "triton": vars(triton), "xla": vars(reference)}
+BACKENDS = {
+    "cudnn": vars(cudnn),
+    "mosaic_gpu": vars(mosaic_gpu),
+    "triton": vars(triton),
+    "tpu": vars(tpu),
+    "xla": vars(reference),
+}
 WEIGHTS_BACKENDS = {"xla": vars(reference)}
 """The second pass is plain jnp, whichever backend the first pass takes."""
 

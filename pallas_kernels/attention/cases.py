@@ -12,28 +12,29 @@ import numpy as np
 from pallas_kernels import tuning
 from pallas_kernels.attention.api import attention
 from pallas_kernels.checks.case import Case
-from pallas_kernels.checks.numerics import GRADIENT_TOLERANCE, TOLERANCES
+from pallas_kernels.checks.numerics import GRADIENT_TOLERANCE, LSE_TOLERANCE, TOLERANCES
 
 CUDNN_DEVICES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "12.0")
+DEVICES = {"mosaic_gpu": ("9.0",), "cudnn": CUDNN_DEVICES, "tpu": ()}
 
 
 def cases() -> Iterable[Case]:
     """Small ones first."""
-    yield _case("causal d64", "small", (1, 128, 128, 2, 1, 64, 64))
-    yield _case("ragged d128", "small", (2, 70, 130, 1, 1, 128, 128), lengths=(129, 0))
-    yield _case("window cap d64", "small", (1, 64, 192, 1, 1, 64, 64), window=70, soft_cap=2.0)
-    yield _case("gradient causal d64", "small", (1, 128, 128, 2, 1, 64, 64), gradient=True)
-    yield _case("gradient d192/128", "small", (1, 65, 65, 1, 1, 192, 128), gradient=True, soft_cap=3.0)
-    yield _case(
+    yield case("causal d64", "small", (1, 128, 128, 2, 1, 64, 64))
+    yield case("ragged d128", "small", (2, 70, 130, 1, 1, 128, 128), lengths=(129, 0))
+    yield case("window cap d64", "small", (1, 64, 192, 1, 1, 64, 64), window=70, soft_cap=2.0)
+    yield case("gradient causal d64", "small", (1, 128, 128, 2, 1, 64, 64), gradient=True)
+    yield case("gradient d192/128", "small", (1, 65, 65, 1, 1, 192, 128), gradient=True, soft_cap=3.0)
+    yield case(
         "segments sinks f16 d64", "small", (1, 130, 130, 1, 1, 64, 64), segments=True, sinks=True, dtype="float16"
     )
-    yield _case("window f16 d256", "small", (1, 64, 130, 1, 1, 256, 256), window=66, dtype="float16")
-    yield _case(
+    yield case("window f16 d256", "small", (1, 64, 130, 1, 1, 256, 256), window=66, dtype="float16")
+    yield case(
         "gradient segments sinks d64", "small", (1, 130, 130, 1, 1, 64, 64), gradient=True, segments=True, sinks=True
     )
     narrow: dict[str, Any] = dict(window=30, soft_cap=2.0, dtype="float16")
-    yield _case("gradient window cap f16 d256", "small", (1, 65, 65, 1, 1, 256, 256), gradient=True, **narrow)
-    yield _case(
+    yield case("gradient window cap f16 d256", "small", (1, 65, 65, 1, 1, 256, 256), gradient=True, **narrow)
+    yield case(
         "gradient not causal ragged positions d64",
         "small",
         (1, 65, 130, 2, 1, 64, 64),
@@ -43,27 +44,27 @@ def cases() -> Iterable[Case]:
         positions=True,
     )
     few: dict[str, Any] = dict(gradient=True, fused=True)
-    yield _case("gradient fused d64", "small", (1, 192, 192, 2, 1, 64, 64), **few)
-    yield _case("gradient fused d128 lengths", "small", (1, 64, 130, 1, 1, 128, 128), lengths=(129,), **few)
-    yield _case("gradient fused d192/128", "small", (1, 130, 130, 1, 1, 192, 128), soft_cap=3.0, **few)
-    yield _case("gradient fused window cap f16 d256", "small", (1, 130, 130, 1, 1, 256, 256), **narrow, **few)
+    yield case("gradient fused d64", "small", (1, 192, 192, 2, 1, 64, 64), **few)
+    yield case("gradient fused d128 lengths", "small", (1, 64, 130, 1, 1, 128, 128), lengths=(129,), **few)
+    yield case("gradient fused d192/128", "small", (1, 130, 130, 1, 1, 192, 128), soft_cap=3.0, **few)
+    yield case("gradient fused window cap f16 d256", "small", (1, 130, 130, 1, 1, 256, 256), **narrow, **few)
     for key, value in ((64, 64), (128, 128), (192, 128), (256, 256)):
         width = f"d{key}" if key == value else f"d{key}/{value}"
         shape = (2, 4096, 4096, 16, 4, key, value)
         for what, options in (("", {}), ("gradient ", dict(gradient=True)), ("gradient fused ", few)):
-            yield _case(f"{what}{width} group4 causal", "full", shape, **options)
-            yield _case(f"{what}{width} group4 causal f16", "full", shape, dtype="float16", **options)
-            yield _case(f"{what}{width} group4 cap window", "full", shape, soft_cap=30.0, window=1024, **options)
-        yield _case(f"{width} ragged", "full", (4, 777, 2000, 8, 1, key, value), lengths=(2000, 1, 0, 1500))
-        yield _case(f"{width} positions", "full", (2, 1000, 3000, 8, 8, key, value), positions=True)
-        yield _case(f"{width} segments", "full", (2, 2048, 2048, 8, 2, key, value), segments=True)
-    yield _case("d128 not causal", "full", (2, 4096, 4096, 16, 16, 128, 128), causal=False)
+            yield case(f"{what}{width} group4 causal", "full", shape, **options)
+            yield case(f"{what}{width} group4 causal f16", "full", shape, dtype="float16", **options)
+            yield case(f"{what}{width} group4 cap window", "full", shape, soft_cap=30.0, window=1024, **options)
+        yield case(f"{width} ragged", "full", (4, 777, 2000, 8, 1, key, value), lengths=(2000, 1, 0, 1500))
+        yield case(f"{width} positions", "full", (2, 1000, 3000, 8, 8, key, value), positions=True)
+        yield case(f"{width} segments", "full", (2, 2048, 2048, 8, 2, key, value), segments=True)
+    yield case("d128 not causal", "full", (2, 4096, 4096, 16, 16, 128, 128), causal=False)
     ragged: dict[str, Any] = dict(gradient=True, lengths=(1000, 513))
-    yield _case("gradient d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), **ragged)
-    yield _case("gradient fused d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), fused=True, **ragged)
-    yield _case("gradient d128 segments", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, segments=True)
-    yield _case("gradient d128 positions", "full", (2, 1000, 3000, 8, 8, 128, 128), gradient=True, positions=True)
-    yield _case("gradient d128 not causal", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, causal=False)
+    yield case("gradient d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), **ragged)
+    yield case("gradient fused d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), fused=True, **ragged)
+    yield case("gradient d128 segments", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, segments=True)
+    yield case("gradient d128 positions", "full", (2, 1000, 3000, 8, 8, 128, 128), gradient=True, positions=True)
+    yield case("gradient d128 not causal", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, causal=False)
     yield from _cudnn_cases()
 
 
@@ -75,16 +76,16 @@ def _cudnn_cases() -> Iterable[Case]:
         for width in (64, 128, 256):
             # Widths over 128 need compute capability 9.0.
             since = CUDNN_DEVICES if width <= 128 else CUDNN_DEVICES[4:]
-            yield _case(
+            yield case(
                 f"{what} d{width} group4 causal", "full", (2, 4096, 4096, 16, 4, width, width), **given, device=since
             )
-        yield _case(f"{what} d128 f16", "full", (2, 2048, 2048, 16, 4, 128, 128), dtype="float16", **given)
-        yield _case(f"{what} d128 not causal", "full", (2, 1000, 2048, 16, 4, 128, 128), causal=False, **given)
-        yield _case(f"{what} d128 ragged", "full", (4, 1000, 1000, 8, 2, 128, 128), lengths=(1000, 1, 0, 513), **given)
-        yield _case(f"{what} d128 window", "full", (2, 2048, 2048, 8, 2, 128, 128), window=300, **given)
+        yield case(f"{what} d128 f16", "full", (2, 2048, 2048, 16, 4, 128, 128), dtype="float16", **given)
+        yield case(f"{what} d128 not causal", "full", (2, 1000, 2048, 16, 4, 128, 128), causal=False, **given)
+        yield case(f"{what} d128 ragged", "full", (4, 1000, 1000, 8, 2, 128, 128), lengths=(1000, 1, 0, 513), **given)
+        yield case(f"{what} d128 window", "full", (2, 2048, 2048, 8, 2, 128, 128), window=300, **given)
 
 
-def _case(
+def case(
     name: str,
     size: Any,
     shape: tuple[int, int, int, int, int, int, int],
@@ -101,10 +102,14 @@ def _case(
     sinks: bool = False,
     backend: str = "mosaic_gpu",
     device: tuple[str, ...] | None = None,
+    lse_tolerance: float = LSE_TOLERANCE,
 ) -> Case:
-    """shape: (B, T, S, H, K, D, Dv). sinks: one column more for each head, let in afterwards by the log-sum-exp.
+    """One case, or its gradients through both outputs.
 
-    fused: gradients by the one kernel for all three, whatever was tuned; otherwise by the two.
+    Args:
+      shape: (B, T, S, H, K, D, Dv).
+      sinks: one column more for each head, let in afterwards by the log-sum-exp.
+      fused: gradients by the one kernel for all three, whatever was tuned; otherwise by the two.
     """
     batch, queries, keys, heads, kv_heads, width, value_width = shape
 
@@ -162,7 +167,8 @@ def _case(
         if lengths or positions or segments
         else 2.0 * batch * heads * seen * (width + value_width) * (3.5 if gradient else 1.0),
         baseline=run("xla"),
-        device=device or (("9.0",) if backend == "mosaic_gpu" else CUDNN_DEVICES),
+        device=DEVICES[backend] if device is None else device,
+        lse_tolerance=lse_tolerance,
     )
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+from pallas_kernels.checks.numerics import LSE_TOLERANCE
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -14,14 +16,15 @@ class Case:
     Attributes:
       name: unique among cases, such as "decode d128 bf16 page64 group4".
       operation: "attention", "attention gradient", "paged_attention", "paged_weights", "shared_prefix", "append".
-      backend: what serves it: "mosaic_gpu", "triton", "cudnn".
+      backend: what serves it: "mosaic_gpu", "triton", "cudnn", "tpu".
       size: "small" runs in interpret mode; "full" is lowered, compiled ahead of time and, on a GPU, compared and timed.
       inputs: seed -> the arguments, real arrays; `jax.eval_shape` gives their shapes without making them.
       call: arguments -> outputs (a pytree), through the backend by its name.
       reference: arguments -> the same outputs by plain jnp, from the same inputs in float32.
-      tolerance: of norm(out - reference) / norm(reference), for every output but log-sum-exps (absolute 1e-3).
+      tolerance: of norm(out - reference) / norm(reference), for every output but log-sum-exps.
+      lse_tolerance: of these, absolute.
       flops: what the call computes; None where a rate would tell nothing. bytes_moved: what it must read and write.
-      device: the compute capabilities that can run it, such as ("9.0",).
+      device: the compute capabilities that can run it, such as ("9.0",); none for TPUs.
       baseline: the same call by `xla` in the inputs' own dtype: no error may exceed twice its; None: not compared.
     """
 
@@ -37,3 +40,4 @@ class Case:
     bytes_moved: float | None = None
     device: tuple[str, ...] = ("9.0",)
     baseline: Callable[..., Any] | None = None
+    lse_tolerance: float = LSE_TOLERANCE

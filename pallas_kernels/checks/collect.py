@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pallas_kernels
 from pallas_kernels.checks.case import Case
 
-MODULES = ("cases", "triton_cases")
+MODULES = ("cases", "triton_cases", "tpu_cases")
 OPTIONAL = ("jax_triton", "triton")
 
 

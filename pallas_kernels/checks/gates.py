@@ -58,13 +58,15 @@ class Verdict:
 def applies(gate: str, case: Case) -> str | None:
     """Why a gate is not for this case, or None."""
     if gate == "interpret":
-        if case.backend != "mosaic_gpu":
+        if case.backend not in ("mosaic_gpu", "tpu"):
             return f"{case.backend} has no interpret mode with race detection"
         return None if case.size == "small" else "too large to interpret"
     if case.size == "small":
         return "a case of interpret mode"
     if case.backend == "triton":
         return triton_call.absent()
+    if case.backend == "tpu":
+        return "there is no compiler for TPUs without one" if gate == "compile" else None
     if case.backend == "xla":
         return "XLA makes its kernels itself, when it compiles for a GPU" if gate == "compile" else None
     return "cuDNN cannot be lowered without a GPU" if case.backend == "cudnn" else None
@@ -74,8 +76,12 @@ def check(gate: str, case: Case) -> Verdict:
     """Runs one gate on one case, in this process. Whatever the kernel raises is the finding."""
     from pallas_kernels.checks import ahead_of_time, interpret, lowering
 
-    missing = {"interpret": interpret.missing, "lower": lambda: None, "compile": ahead_of_time.missing}[gate]
-    if (reason := applies(gate, case) or missing()) is not None:
+    missing: dict[str, Callable[[], str | None]] = {
+        "interpret": lambda: interpret.missing(case.backend),
+        "lower": lambda: None,
+        "compile": ahead_of_time.missing,
+    }
+    if (reason := applies(gate, case) or missing[gate]()) is not None:
         return Verdict(case.name, gate, None, reason)
     begun, spent = time.perf_counter(), _processor_seconds()
     found: list[dict[str, Any]] = []

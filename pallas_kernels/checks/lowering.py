@@ -1,4 +1,7 @@
-"""The second gate: lowering for an H100 that need not be there. Finds wrong layouts, dtypes and too much memory."""
+"""The second gate: lowering for an H100, or a TPU, that need not be there.
+
+Finds wrong layouts, dtypes and too much memory; for TPUs, whose compiler looks at that, wrong blocks and operations.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ def shapes(case: Case) -> tuple[Any, ...]:
 
 
 def lower(case: Case) -> jax.stages.Lowered:
-    """The case's call, lowered for an H100. Raises whatever the kernel's lowering raises."""
+    """The case's call, lowered for its kind of device. Raises whatever the kernel's lowering raises."""
+    if case.backend == "tpu":
+        return jax.jit(case.call).trace(*shapes(case)).lower(lowering_platforms=("tpu",))
     with use_abstract_mesh(abstract_h100()):
         return jax.jit(case.call).trace(*shapes(case)).lower(lowering_platforms=("cuda",))

@@ -48,7 +48,9 @@ class Difference:
         return within and self.error <= max(BASELINE_FACTOR * self.baseline, NEGLIGIBLE * self.allowed)
 
 
-def compare(out: Any, reference: Any, tolerance: float, baseline: Any = None) -> list[Difference]:
+def compare(
+    out: Any, reference: Any, tolerance: float, baseline: Any = None, lse_tolerance: float = LSE_TOLERANCE
+) -> list[Difference]:
     """Every leaf of `out` against the leaf of `reference` at its place.
 
     A float32 array with the shape of the one before it less the last axis is a log-sum-exp.
@@ -71,7 +73,7 @@ def compare(out: Any, reference: Any, tolerance: float, baseline: Any = None) ->
                 jax.tree_util.keystr(path) or "out",
                 "absolute" if lse else "relative",
                 measure(leaf, wanted),
-                LSE_TOLERANCE if lse else tolerance,
+                lse_tolerance if lse else tolerance,
                 None if base is None else measure(base, wanted),
             )
         )

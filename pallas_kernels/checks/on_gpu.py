@@ -74,6 +74,8 @@ def applies(case: Case) -> str | None:
     """Why a case cannot run on the default device, or None."""
     if case.size == "small":
         return "a case of interpret mode"
+    if case.backend == "tpu":
+        return "needs a TPU"
     here = compute_capability()
     if here not in case.device:
         return f"needs compute capability {' or '.join(case.device)}, here is {here}"
@@ -111,7 +113,7 @@ def measure(prepared: Prepared, ceilings: timing.Ceilings | None, seed: int = 0)
         sets = (first, *(case.inputs(seed + i) for i in range(1, timing.rotations(first))))
         out, reference = prepared.program(sets)[0], prepared.reference(*first)
         baseline = None if prepared.baseline is None else prepared.baseline(*first)
-        differences = compare(out, reference, case.tolerance, baseline)
+        differences = compare(out, reference, case.tolerance, baseline, case.lse_tolerance)
         faults = [f"{d.output}: error {d.error:.2g} of {d.allowed:g}" for d in differences if not d.passed]
         del out, reference, baseline
         result = Result(not faults, "; ".join(faults), tuple(dataclasses.asdict(d) for d in differences))

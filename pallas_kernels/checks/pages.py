@@ -62,8 +62,8 @@ def _cases(report: Report) -> list[str]:
     lines = [
         "## Every case",
         "",
-        "interpret: on the CPU with race detection. lower: for an abstract H100. compile: ahead of time for an H100, "
-        "without spills. numbers: on the GPU against float32.",
+        "interpret: on the CPU, with race detection but for TPUs. lower: for an abstract H100, or a TPU. compile: "
+        "ahead of time for an H100, without spills. numbers: on the GPU against float32.",
         "",
         f"| case | backend | {' | '.join(GATES)} | numbers | error | ms | TFLOP/s | of product | GB/s | of copy |",
         f"|---|---|{'---|' * len(GATES)}---|--:|--:|--:|--:|--:|--:|",

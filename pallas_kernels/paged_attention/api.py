@@ -21,6 +21,9 @@ BACKENDS = {
 }
 TAKE_BITS = (None, "xla_blocks", "xla")
 """Backends whose pools may hold short floats as integers, as on CPUs. None, there, is one of these."""
+READS_BY = {"tpu": "xla_blocks"}
+"""Names that dense attention knows, and what reads pages under them. jax's own paged kernels for TPUs want heads before
+pages, so that every call would copy the pool."""
 
 
 def paged_attention(
@@ -69,6 +72,7 @@ def paged_attention(
       ValueError: an argument is not as described, or there is no such backend.
       NotImplementedError: the backend asked for cannot serve the call, for the reason given.
     """
+    backend = READS_BY.get(backend or "", backend)
     if (v_pool is None) == (value_dim is None):
         raise ValueError("paged_attention takes a v_pool, or v_pool=None and value_dim")
     options: dict[str, Any] = dict(
@@ -125,6 +129,7 @@ def paged_weights(
     Raises:
       ValueError, NotImplementedError: as `paged_attention`.
     """
+    backend = READS_BY.get(backend or "", backend)
     options: dict[str, Any] = dict(
         lse=lse,
         row_weights=row_weights,

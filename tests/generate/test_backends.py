@@ -29,9 +29,16 @@ def tokens(cache: CacheConfig, backend: str | None) -> list[np.ndarray]:
     return list(kvjax.generate(MODEL, PROMPTS, 5, cache=cache, prefill_chunk=CHUNK, backend=backend).tokens)
 
 
-@pytest.mark.parametrize("cache", [pytest.param(CACHES["full"], marks=pytest.mark.slow), CACHES["h2o"]], ids=CACHES)
-def test_xla_by_name_generates_what_the_default_does(cache: CacheConfig) -> None:
-    for one, other in zip(tokens(cache, "xla"), tokens(cache, None), strict=True):
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        pytest.param("xla", CACHES["full"], marks=pytest.mark.slow, id="xla full"),
+        pytest.param("xla", CACHES["h2o"], id="xla h2o"),
+        pytest.param("tpu", CACHES["full"], marks=pytest.mark.slow, id="tpu full"),
+    ],
+)
+def test_what_reads_pages_by_xla_generates_what_the_default_does(name: str, cache: CacheConfig) -> None:
+    for one, other in zip(tokens(cache, name), tokens(cache, None), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -410,7 +410,7 @@ def test_names_of_candidates_and_of_cases_are_unique() -> None:
 @pytest.mark.parametrize(
     "case", [case for case in collect.every_case() if gates.applies("lower", case) is None], ids=lambda case: case.name
 )
-def test_every_case_lowers_for_an_h100(case: Case) -> None:
+def test_every_case_lowers_for_its_device(case: Case) -> None:
     verdict = gates.check("lower", case)
     assert verdict.passed, verdict.reason
 
