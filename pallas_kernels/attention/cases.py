@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels import tuning
 from pallas_kernels.attention.api import attention
+from pallas_kernels.attention.mosaic_gpu_call import SERVES_FUSED
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.numerics import GRADIENT_TOLERANCE, LSE_TOLERANCE, TOLERANCES
 
@@ -44,14 +45,16 @@ def cases() -> Iterable[Case]:
         positions=True,
     )
     few: dict[str, Any] = dict(gradient=True, fused=True)
-    yield case("gradient fused d64", "small", (1, 192, 192, 2, 1, 64, 64), **few)
-    yield case("gradient fused d128 lengths", "small", (1, 64, 130, 1, 1, 128, 128), lengths=(129,), **few)
-    yield case("gradient fused d192/128", "small", (1, 130, 130, 1, 1, 192, 128), soft_cap=3.0, **few)
-    yield case("gradient fused window cap f16 d256", "small", (1, 130, 130, 1, 1, 256, 256), **narrow, **few)
+    if SERVES_FUSED:
+        yield case("gradient fused d64", "small", (1, 192, 192, 2, 1, 64, 64), **few)
+        yield case("gradient fused d128 lengths", "small", (1, 64, 130, 1, 1, 128, 128), lengths=(129,), **few)
+        yield case("gradient fused d192/128", "small", (1, 130, 130, 1, 1, 192, 128), soft_cap=3.0, **few)
+        yield case("gradient fused window cap f16 d256", "small", (1, 130, 130, 1, 1, 256, 256), **narrow, **few)
+    fused = (("gradient fused ", few),) if SERVES_FUSED else ()
     for key, value in ((64, 64), (128, 128), (192, 128), (256, 256)):
         width = f"d{key}" if key == value else f"d{key}/{value}"
         shape = (2, 4096, 4096, 16, 4, key, value)
-        for what, options in (("", {}), ("gradient ", dict(gradient=True)), ("gradient fused ", few)):
+        for what, options in (("", {}), ("gradient ", dict(gradient=True)), *fused):
             yield case(f"{what}{width} group4 causal", "full", shape, **options)
             yield case(f"{what}{width} group4 causal f16", "full", shape, dtype="float16", **options)
             yield case(f"{what}{width} group4 cap window", "full", shape, soft_cap=30.0, window=1024, **options)
@@ -61,7 +64,8 @@ def cases() -> Iterable[Case]:
     yield case("d128 not causal", "full", (2, 4096, 4096, 16, 16, 128, 128), causal=False)
     ragged: dict[str, Any] = dict(gradient=True, lengths=(1000, 513))
     yield case("gradient d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), **ragged)
-    yield case("gradient fused d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), fused=True, **ragged)
+    if SERVES_FUSED:
+        yield case("gradient fused d128 ragged", "full", (2, 1000, 1000, 8, 2, 128, 128), fused=True, **ragged)
     yield case("gradient d128 segments", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, segments=True)
     yield case("gradient d128 positions", "full", (2, 1000, 3000, 8, 8, 128, 128), gradient=True, positions=True)
     yield case("gradient d128 not causal", "full", (2, 2048, 2048, 8, 2, 128, 128), gradient=True, causal=False)

@@ -15,7 +15,11 @@ from pallas_kernels.attention.mosaic_gpu_dq import TILE
 from pallas_kernels.attention.mosaic_gpu_forward import ForwardConfig, default_forward_config, forward
 from pallas_kernels.attention.mosaic_gpu_scores import Scores
 from pallas_kernels.attention.spans import Spans, spans
+from pallas_kernels.hopper import JAX
 from pallas_kernels.tuning import Key, bucket, tuned
+
+SERVES_FUSED = JAX >= (0, 11)
+"""Under jax 0.10 the fused gradients spill registers at width 128, and cannot be batched: the two kernels serve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +100,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _configs(q: jax.Array, k: jax.Array, v: jax.Array, deterministic: bool) -> tuple[ForwardConfig, BackwardConfig]:
     """The heuristics' choices, with what the tuning table says of each kernel in their place."""
-    fused = () if deterministic else ("fused",)
+    fused = ("fused",) if SERVES_FUSED and not deterministic else ()
     widths = q.shape[3], v.shape[3]
 
     def tuned_to(*kernels: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from pallas_kernels import tuning
+from pallas_kernels.attention.mosaic_gpu_call import SERVES_FUSED
 from pallas_kernels.checks import workloads
 from pallas_kernels.checks.case import Case
 from pallas_kernels.checks.peers import Call
@@ -58,10 +59,11 @@ def targets() -> list[Target]:
     """All of them, the most telling first."""
     causal = {width: _forward(width, True) for width in (128, 64, 256)}
     full = [_forward(width, False) for width in (128, 64, 256)]
+    forms = (False, True) if SERVES_FUSED else (False,)
     return [
         causal[128],
         _decode(8, "bfloat16", 0.9),
-        *(_backward(causal[128], 128, 500e12, fused) for fused in (False, True)),
+        *(_backward(causal[128], 128, 500e12, fused) for fused in forms),
         _plain(workloads.latent(16, 64, CONTEXT), Goal("copy", 0.85)),
         causal[64],
         causal[256],
@@ -69,7 +71,7 @@ def targets() -> list[Target]:
         _decode(8, "float8_e4m3fn", 0.75),
         _packed("int4"),
         _packed("kivi 2 bits"),
-        *(_backward(causal[256], 256, 400e12, fused) for fused in (False, True)),
+        *(_backward(causal[256], 256, 400e12, fused) for fused in forms),
         _plain(workloads.large_pool(), Goal("numbers")),
         *full,
         _plain(workloads.latent(16, 128, CONTEXT), Goal("copy", 0.85)),
