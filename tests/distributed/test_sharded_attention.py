@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
+from tests.distributed.devices import observed
+
 FIRST = ("training both", "generation both")
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def observed(*arguments: str) -> dict[str, Any]:
-    """What the program sees with eight devices."""
-    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.eight_devices_attending", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **cache, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+PROGRAM = "tests.distributed.eight_devices_attending"
 
 
 @pytest.fixture(scope="module")
 def first() -> dict[str, Any]:
-    return observed(*FIRST)
+    return observed(PROGRAM, *FIRST)
 
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
-    return observed()
+    return observed(PROGRAM)
 
 
 def check_training(found: dict[str, Any]) -> None:

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from tests.convert.directories import HIDDEN, MLP, write_directory
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed.devices import observed
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = write_directory(tmp_path_factory.mktemp("checkpoints") / "hf", num_hidden_layers=1)
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    flags = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.eight_devices", str(path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **cache, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    values: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    values = observed("tests.distributed.eight_devices", str(path))
     assert values["devices"] == 8
     return values
 
