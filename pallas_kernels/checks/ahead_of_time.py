@@ -1,7 +1,8 @@
 """The third gate: machine code for an H100, made without one, and what it says of registers, spills and tensor cores.
 
-XLA compiles for a described device; Mosaic GPU prints its machine code and ptxas' log, jax-triton leaves its PTX in a
-folder. Needed beside jax: the CUDA plugin packages (not a GPU), ptxas and nvdisasm from NVIDIA's wheels or the path.
+Kernels alone are compiled, for a described device: Mosaic GPU prints its machine code and ptxas' log, jax-triton leaves
+its PTX in a folder. Needed beside jax: the CUDA plugin packages (not a GPU), ptxas and nvdisasm from NVIDIA's wheels or
+the path.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from pallas_kernels.checks.case import Case
-from pallas_kernels.checks.lowering import H100, shapes
+from pallas_kernels.checks.lowering import H100, lower
 
 SHARED_MEMORY = 232448
 """Bytes a block may have on an H100."""
@@ -128,29 +129,48 @@ def _h100() -> Mesh:
     return Mesh(topologies.get_topology_desc("h100", "cuda", topology="1x1x1", target_config=_TARGET).devices, ("gpu",))
 
 
-def compile_for_h100(call: Any, arguments: tuple[Any, ...]) -> list[Kernel]:
-    """Compiles a call on arrays or `jax.ShapeDtypeStruct`s; its Mosaic GPU and Triton kernels."""
-    mesh = _h100()
-    whole = NamedSharding(mesh, PartitionSpec())
-    with use_abstract_mesh(mesh.abstract_mesh), _left_by_triton() as folder, _said_by_mosaic() as said:
-        lowered = (
-            jax.jit(call, in_shardings=whole, out_shardings=whole).trace(*arguments).lower(lowering_platforms=("cuda",))
-        )
-        lowered.compile()
-        made = _mosaic_kernels(said()) + [_triton_kernel(ptx) for ptx in sorted(folder.rglob("*.ptx"))]
-    hashes = set(re.findall(r'kernel_hash = "((?:\\.|[^"\\])*)"', lowered.as_text()))
-    before = [kernel for number in sorted(hashes) for kernel in _COMPILED.get(number, ())]
-    _COMPILED.update(dict.fromkeys(hashes - _COMPILED.keys(), tuple(made)))
-    return made + [kernel for kernel in dict.fromkeys(before) if kernel not in made]
-
-
-_COMPILED: dict[str, tuple[Kernel, ...]] = {}
-"""Hash of a Mosaic GPU kernel -> the kernels of the call it was first seen in. One is compiled once in a process."""
-
-
 def compile_case(case: Case) -> list[Kernel]:
-    """The kernels of a full case."""
-    return compile_for_h100(case.call, shapes(case))
+    """The Mosaic GPU and Triton kernels of a full case, and nothing else of it."""
+    with _left_by_triton() as folder:
+        lowered = lower(case)
+        # Triton compiles while it is lowered.
+        made = [_triton_kernel(ptx) for ptx in sorted(folder.rglob("*.ptx"))]
+    return made + [_mosaic_kernel(custom) for custom in dict.fromkeys(_mosaic_calls(lowered))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _MosaicCall:
+    """A custom call of a lowered program: the kernel is one of its attributes, a module before Mosaic's own passes."""
+
+    target: str
+    attributes: tuple[tuple[str, bytes | bool], ...]
+
+
+def _mosaic_calls(lowered: jax.stages.Lowered) -> Iterator[_MosaicCall]:
+    """The program's calls of Mosaic GPU kernels, in order."""
+    program: Any = lowered.compiler_ir("stablehlo")
+
+    def calls(operation: Any) -> Iterator[_MosaicCall]:
+        for block in (block for region in operation.regions for block in region):
+            for inner in (inner.operation for inner in block):
+                target = inner.attributes["call_target_name"].value if inner.name == "stablehlo.custom_call" else ""
+                if target.startswith("mosaic_gpu"):
+                    given = inner.attributes["mhlo.backend_config"]
+                    values = ((entry.name, entry.attr) for entry in given)
+                    yield _MosaicCall(target, tuple((n, getattr(v, "value_bytes", None) or v.value) for n, v in values))
+                yield from calls(inner)
+
+    yield from calls(program.operation)
+
+
+@functools.cache
+def _mosaic_kernel(custom: _MosaicCall) -> Kernel:
+    """Compiles a kernel alone: what is around it in its program, and even what it is given, has no part in that."""
+    call = jax.ffi.ffi_call(custom.target, jax.ShapeDtypeStruct((), "int32"), has_side_effect=True)
+    alone = jax.jit(lambda: call(**dict(custom.attributes)), out_shardings=NamedSharding(_h100(), PartitionSpec()))
+    with use_abstract_mesh(_h100().abstract_mesh), _said_by_mosaic() as said:
+        alone.trace().lower(lowering_platforms=("cuda",)).compile()
+        return _read_mosaic(said())
 
 
 @contextlib.contextmanager
@@ -192,18 +212,13 @@ def _left_by_triton() -> Iterator[Path]:
                 triton._JAX_TRITON_DUMP_DIR = None  # type: ignore[attr-defined]
 
 
-def _mosaic_kernels(said: str) -> list[Kernel]:
-    """Kernels from what Mosaic GPU printed of each: PTX, ptxas' log, machine code, and the host's part."""
-    # Up to the first version of PTX there is nothing of a kernel.
-    parts = re.split(r"^\.version .*$", said, flags=re.MULTILINE)[1:]
-    return [_mosaic_kernel(part) for part in parts]
-
-
-def _mosaic_kernel(said: str) -> Kernel:
+def _read_mosaic(said: str) -> Kernel:
+    """A kernel from what Mosaic GPU printed of it: PTX, ptxas' log, machine code, and the host's part."""
     name = re.search(r"\.entry (\w+)\(", said)
-    assert name is not None, "PTX without a kernel"
-    # Grid, cluster and block come before shared memory.
-    memory = re.search(r"call i32 @mosaic_gpu_launch_kernel\(ptr [^,]+, (?:i32 [^,]+, ){9}i32 (\d+)", said)
+    assert name is not None, "Mosaic GPU printed no PTX"
+    # Grid, cluster and block come before shared memory; jax 0.12 launches from a description of the kernel.
+    launch = r"@mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr [^,]+, (?:i32 [^,]+, ){9}i32 (\d+)"
+    memory = re.search(launch, said)
     return _kernel(name[1].removesuffix("_mosaic_gpu_kernel"), said, said, None if memory is None else int(memory[1]))
 
 
@@ -214,7 +229,7 @@ def _triton_kernel(ptx: Path) -> Kernel:
     notes, binary = ptx.with_suffix(".compile_info"), ptx.with_suffix(".cubin")
     log = _run("ptxas", "-v", f"-arch={target[1]}", str(ptx), "-o", str(binary))
     memory = re.findall(r"shared_mem_bytes: (\d+)", notes.read_text()) if notes.exists() else []
-    code = _run("nvdisasm", "-c", str(binary))
+    code = _run("nvdisasm", "-ndf", "-c", str(binary))
     return _kernel(re.sub(r"_\d+$", "", ptx.stem), log, code, int(memory[-1]) if memory else None)
 
 

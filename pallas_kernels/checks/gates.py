@@ -28,7 +28,7 @@ GATES = ("interpret", "lower", "compile")
 SECONDS = 300.0
 """A case that gives no answer for so long is given up."""
 OUT_OF_TIME = "out of time"
-TOGETHER = {"compile": 6}
+TOGETHER = {"compile": 12}
 """Cases that one process takes in a row: neighbours have kernels in common, and a process compiles each once."""
 
 
@@ -139,6 +139,15 @@ def _ask(worker: Process, gate: str, name: str, seconds: float, left: Callable[[
     return Verdict(**{**answer, "found": tuple(answer["found"])})
 
 
+def _rows(cases: Sequence[Case], longest: int, workers: int) -> Iterator[Sequence[Case]]:
+    """The cases in rows for the processes to take, shorter ones towards the end, so that all end at about one time."""
+    first = 0
+    while first < len(cases):
+        length = min(max((len(cases) - first) // (2 * workers), 1), longest)
+        yield cases[first : first + length]
+        first += length
+
+
 def run(
     gate: str,
     cases: Sequence[Case],
@@ -157,9 +166,8 @@ def run(
     """
     todo: queue.SimpleQueue[Sequence[Case]] = queue.SimpleQueue()
     done: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
-    together = TOGETHER.get(gate, 1)
-    for first in range(0, len(cases), together):
-        todo.put(cases[first : first + together])
+    for row in _rows(cases, TOGETHER.get(gate, 1), workers):
+        todo.put(row)
 
     def verdict(worker: Process, case: Case) -> Verdict:
         if (reason := applies(gate, case)) is not None:

@@ -41,32 +41,34 @@ def case(name: str, shape: Shape, size: Literal["small", "full"], operation: str
 
 
 TINY = Shape(batch=3, heads=4, kv_heads=2, width=64, page=16, entries=9, ragged=True)
+ONE = replace(TINY, heads=2, kv_heads=1)
+"""With one KV head: half the thread blocks, of which interpreting takes its time for each."""
 SMALL = {
     "decode": TINY,
-    "decode d128 f16, page of a block": replace(TINY, width=128, page=64, entries=3, dtype="float16"),
-    "decode page of two blocks, window, soft cap": replace(TINY, page=128, entries=2, window=70, soft_cap=5.0),
+    "decode d128 f16, page of a block": replace(ONE, width=128, page=64, entries=3, dtype="float16"),
+    "decode page of two blocks, window, soft cap": replace(ONE, page=128, entries=2, window=70, soft_cap=5.0),
     "decode rows per head, positions, window": replace(TINY, row_per_head=True, ordered=False, window=200),
     "decode int8": replace(TINY, codes="int8", page=32, entries=5),
-    "decode page of 8": replace(TINY, width=128, page=8, entries=18),
-    "decode fp8": replace(TINY, width=128, codes="float8_e4m3fn", page=32, entries=5),
+    "decode page of 8": replace(ONE, width=128, page=8, entries=18),
+    "decode fp8": replace(ONE, width=128, codes="float8_e4m3fn", page=32, entries=5),
     "decode mla": replace(TINY, kv_heads=1, width=192, value=128),
     "decode mla positions, window": replace(TINY, kv_heads=1, width=192, value=128, ordered=False, window=200),
     "chunk": replace(TINY, tokens=40),
-    "chunk int8, positions": replace(TINY, tokens=40, codes="int8", page=32, entries=5, ordered=False),
+    "chunk int8, positions": replace(ONE, tokens=40, codes="int8", page=32, entries=5, ordered=False),
     "decode int4": around_a_page(replace(TINY, codes="int4", page=32)),
     "decode int4 d128, page of two blocks, positions": replace(
-        TINY, batch=2, heads=2, kv_heads=1, width=128, codes="int4", page=128, entries=2, ordered=False
+        ONE, batch=2, width=128, codes="int4", page=128, entries=2, ordered=False
     ),
-    "decode kivi 2 bits": around_a_page(replace(TINY, width=128, codes="kivi2", page=32)),
+    "decode kivi 2 bits": around_a_page(replace(ONE, width=128, codes="kivi2", page=32)),
     "decode kivi 4 bits, page of a block": replace(TINY, codes="kivi4", page=64, entries=3, window=70),
-    "chunk int4": replace(TINY, batch=2, heads=2, kv_heads=1, tokens=40, codes="int4", page=32, entries=3),
+    "chunk int4": replace(ONE, batch=2, tokens=40, codes="int4", page=32, entries=3),
 }
 SMALL_WEIGHTS = {
     "weights decode": TINY,
     "weights int8, rows per head, positions": replace(
         TINY, row_per_head=True, codes="int8", page=32, entries=5, ordered=False
     ),
-    "weights chunk, window": replace(TINY, tokens=70, window=90),
+    "weights chunk, window": replace(ONE, tokens=70, window=90),
 }
 
 
