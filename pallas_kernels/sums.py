@@ -13,26 +13,23 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import JAX, interpreted
+from pallas_kernels.hopper import interpreted
 
 
 def with_sum(run: Callable[..., Any], shape: tuple[int, ...], parts: int) -> Callable[..., tuple[Any, jax.Array]]:
     """(operands) -> (what `run` gives, the sum float32[shape]), for a kernel whose last operand is what `add` adds to.
 
     What is added to is an array of zeros made anew in every call, and changed in place: the kernel's operand and one of
-    its results share their memory, which XLA knows and copies for, should anybody else read the zeros.
-
-    Under jax 0.10 the call cannot be batched (`jax.vmap`).
+    its results share their memory, which XLA knows and copies for, should anybody else read the zeros. Needs jax 0.11:
+    earlier ones lose track of which operand is written to where a function brings its own rule for batching.
 
     run: of `hopper.kernel`. parts: how many blocks at most add to the same place.
     """
-    # jax 0.10 loses track of which operand is written to where a function brings its own rule for batching.
-    launch = run.fun if JAX < (0, 11) else run  # type: ignore[attr-defined]
     whole = (parts, *shape) if interpreted() else shape
 
     def call(*operands: Any) -> tuple[Any, jax.Array]:
         total = jax.new_ref(jnp.zeros(whole, jnp.float32))
-        out = launch(*operands, total)
+        out = run(*operands, total)
         found = jax.freeze(total)
         return out, jnp.sum(found, axis=0) if interpreted() else found
 

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.attention.mosaic_gpu_key_tile import CONSUMERS, Inputs, KeyTile, key_tile
+from pallas_kernels.attention.mosaic_gpu_key_tile import CONSUMERS, Inputs, KeyTile, Shared, key_tile
 from pallas_kernels.attention.mosaic_gpu_scores import ROWS, Scores
-from pallas_kernels.attention.ring import barriers, fill, ring
+from pallas_kernels.attention.ring import fill
 from pallas_kernels.attention.spans import Spans, query_tiles
 from pallas_kernels.attention.walk import sections
 
@@ -51,13 +51,10 @@ def key_value_gradients(
     shape = (ROWS, block)
 
     def body(*refs: Any) -> None:
-        inputs, (dk_ref, dv_ref, *rest) = Inputs(*refs[: len(Inputs._fields)]), refs[len(Inputs._fields) :]
-        k_smem, v_smem, q_smem, lse_smem, dout_smem, delta_smem, *rest = rest
-        k_full, v_full, q_barriers, dout_barriers, *handed = rest
+        inputs, (dk_ref, dv_ref, shared, *handed) = Inputs(*refs[: len(Inputs._fields)]), refs[len(Inputs._fields) :]
         mine = KeyTile.of_this_block(inputs, section=section, tiles=tiles, tile=tile, block=block)
         steps = mine.walk.steps
-        q_ring = ring((q_smem, lse_smem), q_barriers, stages)
-        dout_ring = ring((dout_smem, delta_smem), dout_barriers, stages)
+        q_ring, dout_ring = shared.rings(stages, stages)
         me = lax.axis_index("warpgroup")
 
         @pl.when(me == CONSUMERS)
@@ -68,49 +65,49 @@ def key_value_gradients(
         def both() -> None:
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
             rows = pl.ds(mine.first + me * ROWS, ROWS)
-            mine.start(rows, k_smem.at[me], v_smem.at[me], k_full.at[me], v_full.at[me])
-            plgpu.barrier_wait(k_full.at[me])
-            plgpu.barrier_wait(v_full.at[me])
+            mine.start(rows, shared, me)
+            plgpu.barrier_wait(shared.k_full.at[me])
+            plgpu.barrier_wait(shared.v_full.at[me])
 
             def step(i: jax.Array, carry: tuple[jax.Array, ...], *, mask: bool) -> tuple[jax.Array, ...]:
                 dk, dv = carry
                 visible = mine.seen(i, rows) if mask else None
                 own = hopper.within_loop(me, i)
                 slot = q_ring.wait(i)
-                raw = hopper.product(k_smem.at[own], q_smem.at[slot].transpose((1, 0)))
-                p, slope = scores.probabilities(raw, mine.per_query(lse_smem, slot), visible)
+                raw = hopper.product(shared.k.at[own], shared.q.at[slot].transpose((1, 0)))
+                p, slope = scores.probabilities(raw, mine.per_query(shared.lse, slot), visible)
                 narrow = p.astype(dtype)
                 dout_ring.wait(i)
 
                 def products(sums: Any) -> None:
-                    hopper.matmul_into(sums[0], narrow, dout_smem.at[slot])
-                    hopper.matmul_into(sums[1], v_smem.at[own], dout_smem.at[slot].transpose((1, 0)))
+                    hopper.matmul_into(sums[0], narrow, shared.dout.at[slot])
+                    hopper.matmul_into(sums[1], shared.v.at[own], shared.dout.at[slot].transpose((1, 0)))
 
                 nothing = hopper.filled(shape, 0.0, plgpu.Layout.WGMMA)
                 dv, change = hopper.accumulate(products, (dv, nothing))
-                change = (slope * (change - mine.per_query(delta_smem, slot))).astype(dtype)
+                change = (slope * (change - mine.per_query(shared.delta, slot))).astype(dtype)
                 dout_ring.release(i)
-                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, q_smem.at[slot]), dk)
+                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, shared.q.at[slot]), dk)
                 q_ring.release(i)
                 return dk, dv
 
             nothing = (hopper.filled((ROWS, w), 0.0, plgpu.Layout.WGMMA) for w in (width, value_width))
             dk, dv = mine.loop(step, tuple(nothing))
-            mine.store(dk * scores.scale, k_smem.at[me], dk_ref, rows)
-            mine.store(dv, v_smem.at[me], dv_ref, rows)
+            mine.store(dk * scores.scale, shared.k.at[me], dk_ref, rows)
+            mine.store(dv, shared.v.at[me], dv_ref, rows)
 
         def values() -> None:
             p_smem, p_full, p_free = handed
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
             rows = pl.ds(mine.first, ROWS)
-            mine.start(rows, k_smem.at[0], v_smem.at[0], k_full.at[0], v_full.at[0])
-            plgpu.barrier_wait(k_full.at[0])
+            mine.start(rows, shared, 0)
+            plgpu.barrier_wait(shared.k_full.at[0])
 
             def step(i: jax.Array, dv: jax.Array, *, mask: bool) -> jax.Array:
                 visible = mine.seen(i, rows) if mask else None
                 slot = q_ring.wait(i)
-                raw = hopper.product(k_smem.at[hopper.within_loop(0, i)], q_smem.at[slot].transpose((1, 0)))
-                p, slope = scores.probabilities(raw, mine.per_query(lse_smem, slot), visible)
+                raw = hopper.product(shared.k.at[hopper.within_loop(0, i)], shared.q.at[slot].transpose((1, 0)))
+                p, slope = scores.probabilities(raw, mine.per_query(shared.lse, slot), visible)
                 q_ring.release(i)
                 hand = lax.rem(i, 2)
 
@@ -123,7 +120,7 @@ def key_value_gradients(
                 plgpu.barrier_arrive(p_full.at[hand])
                 narrow = p.astype(dtype)
                 dout_ring.wait(i)
-                dv = hopper.accumulate(lambda ref: hopper.matmul_into(ref, narrow, dout_smem.at[slot]), dv)
+                dv = hopper.accumulate(lambda ref: hopper.matmul_into(ref, narrow, shared.dout.at[slot]), dv)
                 dout_ring.release(i)
                 return dv
 
@@ -134,18 +131,18 @@ def key_value_gradients(
 
             # Once all is handed over the other consumer needs the values no more, whose place dv takes.
             lax.fori_loop(jnp.maximum(steps - 2, 0), steps, drain, None)
-            plgpu.barrier_wait(v_full.at[0])
-            mine.store(dv, v_smem.at[0], dv_ref, rows)
+            plgpu.barrier_wait(shared.v_full.at[0])
+            mine.store(dv, shared.v.at[0], dv_ref, rows)
 
         def keys_only() -> None:
             p_smem, p_full, p_free = handed
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
-            plgpu.barrier_wait(v_full.at[0])
+            plgpu.barrier_wait(shared.v_full.at[0])
 
             def step(i: jax.Array, dk: jax.Array) -> jax.Array:
                 slot = dout_ring.wait(i)
-                change = hopper.product(v_smem.at[hopper.within_loop(0, i)], dout_smem.at[slot].transpose((1, 0)))
-                change = change - mine.per_query(delta_smem, slot)
+                change = hopper.product(shared.v.at[hopper.within_loop(0, i)], shared.dout.at[slot].transpose((1, 0)))
+                change = change - mine.per_query(shared.delta, slot)
                 dout_ring.release(i)
                 hand = lax.rem(i, 2)
                 plgpu.barrier_wait(p_full.at[hand])
@@ -153,15 +150,15 @@ def key_value_gradients(
                 change = (slope.astype(jnp.float32) * change).astype(dtype)
                 plgpu.barrier_arrive(p_free.at[hand])
                 q_ring.wait(i)
-                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, q_smem.at[slot]), dk)
+                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, shared.q.at[slot]), dk)
                 q_ring.release(i)
                 return dk
 
             dk = hopper.filled((ROWS, width), 0.0, plgpu.Layout.WGMMA)
             dk = lax.fori_loop(0, steps, step, dk)
             # The other consumer's last product with the keys came before the last probabilities it handed over.
-            plgpu.barrier_wait(k_full.at[0])
-            mine.store(dk * scores.scale, k_smem.at[0], dk_ref, pl.ds(mine.first, ROWS))
+            plgpu.barrier_wait(shared.k_full.at[0])
+            mine.store(dk * scores.scale, shared.k.at[0], dk_ref, pl.ds(mine.first, ROWS))
 
         if split:
             pl.when(me == 0)(values)
@@ -169,7 +166,6 @@ def key_value_gradients(
         else:
             pl.when(me < CONSUMERS)(both)
 
-    owners = 1 if split else CONSUMERS
     handed = (
         hopper.tiles((2, ROWS, block), dtype),
         plgpu.Barrier(num_barriers=2),
@@ -183,16 +179,7 @@ def key_value_gradients(
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
         scratch_types=(
-            hopper.tiles((owners, ROWS, width), dtype),
-            hopper.tiles((owners, ROWS, value_width), dtype),
-            hopper.tiles((stages, block, width), dtype),
-            plgpu.SMEM((stages, block), jnp.float32),
-            hopper.tiles((stages, block, value_width), dtype),
-            plgpu.SMEM((stages, block), jnp.float32),
-            plgpu.Barrier(num_barriers=owners),
-            plgpu.Barrier(num_barriers=owners),
-            barriers(stages, 2, CONSUMERS),
-            barriers(stages, 2, CONSUMERS),
+            Shared.types(k, v, split=split, block=block, stages=stages, dout_stages=stages),
             *(handed if split else ()),
         ),
     )

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, sums
-from pallas_kernels.attention.mosaic_gpu_key_tile import CONSUMERS, Inputs, KeyTile, key_tile
+from pallas_kernels.attention.mosaic_gpu_key_tile import CONSUMERS, Inputs, KeyTile, Shared, key_tile
 from pallas_kernels.attention.mosaic_gpu_scores import ROWS, Scores
-from pallas_kernels.attention.ring import barriers, fill, ring
+from pallas_kernels.attention.ring import fill
 from pallas_kernels.attention.spans import Spans, query_tiles
 from pallas_kernels.attention.walk import sections
 
@@ -70,12 +70,10 @@ def all_gradients(
 
     def body(*refs: Any) -> None:
         inputs, (dq_ref, dk_ref, dv_ref, *rest) = Inputs(*refs[: len(Inputs._fields)]), refs[len(Inputs._fields) :]
-        k_smem, v_smem, q_smem, lse_smem, dout_smem, delta_smem, slopes_smem, dq_smem, *rest = rest
-        k_full, v_full, q_barriers, dout_barriers, slopes_full, *handed = rest
+        shared, slopes_smem, dq_smem, slopes_full, *handed = rest
         mine = KeyTile.of_this_block(inputs, section=section, tiles=tiles, tile=tile, block=BLOCK)
         steps = mine.walk.steps
-        q_ring = ring((q_smem, lse_smem), q_barriers, stages)
-        dout_ring = ring((dout_smem, delta_smem), dout_barriers, dout_stages)
+        q_ring, dout_ring = shared.rings(stages, dout_stages)
         me = lax.axis_index("warpgroup")
 
         def share(i: jax.Array, first: int, last: int) -> None:
@@ -87,7 +85,7 @@ def all_gradients(
                 def products(acc: Any, here: Any = here) -> None:
                     for owner in range(owners):
                         left = slopes_smem.at[lax.rem(i, 2), owner].transpose((1, 0))
-                        hopper.matmul_into(acc, left, k_smem.at[hopper.within_loop(owner, i), :, here])
+                        hopper.matmul_into(acc, left, shared.k.at[hopper.within_loop(owner, i), :, here])
 
                 found = hopper.accumulate(products, hopper.filled((BLOCK, columns), 0.0, plgpu.Layout.WGMMA))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -108,10 +106,10 @@ def all_gradients(
         def both() -> None:
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
             rows = pl.ds(mine.first + me * ROWS, ROWS)
-            mine.start(rows, k_smem.at[me], v_smem.at[me], k_full.at[me], v_full.at[me])
+            mine.start(rows, shared, me)
             for owner in range(owners):
-                plgpu.barrier_wait(k_full.at[owner])
-            plgpu.barrier_wait(v_full.at[me])
+                plgpu.barrier_wait(shared.k_full.at[owner])
+            plgpu.barrier_wait(shared.v_full.at[me])
 
             def take_turn(i: jax.Array) -> None:
                 """Adds the share of the step before, if it is this consumer's turn.
@@ -130,19 +128,19 @@ def all_gradients(
                 visible = mine.again(i).seen(i, rows) if mask else None
                 own = hopper.within_loop(me, i)
                 slot = q_ring.wait(i)
-                raw = hopper.product(k_smem.at[own], q_smem.at[slot].transpose((1, 0)))
-                p, slope = scores.probabilities(raw, mine.per_query(lse_smem, slot), visible)
+                raw = hopper.product(shared.k.at[own], shared.q.at[slot].transpose((1, 0)))
+                p, slope = scores.probabilities(raw, mine.per_query(shared.lse, slot), visible)
                 # Both narrow from here on: in float32 they would not fit next to two sums and a product.
                 narrow, slope = p.astype(dtype), slope.astype(dtype)
                 dout_slot = dout_ring.wait(i)
 
                 def products(acc: Any) -> None:
-                    hopper.matmul_into(acc[0], narrow, dout_smem.at[dout_slot])
-                    hopper.matmul_into(acc[1], v_smem.at[own], dout_smem.at[dout_slot].transpose((1, 0)))
+                    hopper.matmul_into(acc[0], narrow, shared.dout.at[dout_slot])
+                    hopper.matmul_into(acc[1], shared.v.at[own], shared.dout.at[dout_slot].transpose((1, 0)))
 
                 nothing = hopper.filled(shape, 0.0, plgpu.Layout.WGMMA)
                 dv, change = hopper.accumulate(products, (dv, nothing))
-                change = change - mine.per_query(delta_smem, dout_slot)
+                change = change - mine.per_query(shared.delta, dout_slot)
                 change = (slope.astype(jnp.float32) * change).astype(dtype)
                 take_turn(i)
                 slopes_smem[lax.rem(i, 2), own] = change
@@ -150,7 +148,7 @@ def all_gradients(
                 plgpu.barrier_arrive(slopes_full.at[lax.rem(i, 2)])
                 # Not before the fence, as not only products have read from the slot.
                 dout_ring.release(i)
-                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, q_smem.at[slot]), dk)
+                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, shared.q.at[slot]), dk)
                 q_ring.release(i)
                 return dk, dv
 
@@ -159,8 +157,8 @@ def all_gradients(
             take_turn(steps)
             plgpu.barrier_arrive(done())
             plgpu.barrier_wait(done())
-            mine.store(dk * scores.scale, k_smem.at[me], dk_ref, rows)
-            mine.store(dv, v_smem.at[me], dv_ref, rows)
+            mine.store(dk * scores.scale, shared.k.at[me], dk_ref, rows)
+            mine.store(dv, shared.v.at[me], dv_ref, rows)
 
         # Whole parts of `columns`: where they come out uneven the consumer of values takes more.
         half = -(-width // (2 * columns)) * columns
@@ -169,8 +167,8 @@ def all_gradients(
             p_full, p_free = handed
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
             rows = pl.ds(mine.first, ROWS)
-            mine.start(rows, k_smem.at[0], v_smem.at[0], k_full.at[0], v_full.at[0])
-            plgpu.barrier_wait(k_full.at[0])
+            mine.start(rows, shared, 0)
+            plgpu.barrier_wait(shared.k_full.at[0])
 
             def share_before(i: jax.Array) -> None:
                 """Adds the share of the step before: a step late, so as not to wait for the other's slopes at once."""
@@ -183,8 +181,8 @@ def all_gradients(
             def step(i: jax.Array, dv: jax.Array, *, mask: bool) -> jax.Array:
                 visible = mine.again(i).seen(i, rows) if mask else None
                 slot = q_ring.wait(i)
-                raw = hopper.product(k_smem.at[hopper.within_loop(0, i)], q_smem.at[slot].transpose((1, 0)))
-                p, slope = scores.probabilities(raw, mine.per_query(lse_smem, slot), visible)
+                raw = hopper.product(shared.k.at[hopper.within_loop(0, i)], shared.q.at[slot].transpose((1, 0)))
+                p, slope = scores.probabilities(raw, mine.per_query(shared.lse, slot), visible)
                 hand = lax.rem(i, 2)
 
                 @pl.when(i >= 2)
@@ -198,7 +196,7 @@ def all_gradients(
                 q_ring.release(i)
                 narrow = p.astype(dtype)
                 dout_slot = dout_ring.wait(i)
-                dv = hopper.accumulate(lambda ref: hopper.matmul_into(ref, narrow, dout_smem.at[dout_slot]), dv)
+                dv = hopper.accumulate(lambda ref: hopper.matmul_into(ref, narrow, shared.dout.at[dout_slot]), dv)
                 dout_ring.release(i)
                 share_before(i)
                 return dv
@@ -212,19 +210,19 @@ def all_gradients(
 
             # Once all is handed over the other consumer needs the values no more, whose place dv takes.
             lax.fori_loop(jnp.maximum(steps - 2, 0), steps, drain, None)
-            plgpu.barrier_wait(v_full.at[0])
-            mine.store(dv, v_smem.at[0], dv_ref, rows)
+            plgpu.barrier_wait(shared.v_full.at[0])
+            mine.store(dv, shared.v.at[0], dv_ref, rows)
 
         def keys_only() -> None:
             p_full, p_free = handed
             plgpu.set_max_registers(hopper.REGISTERS[CONSUMERS][0], action="increase")
-            plgpu.barrier_wait(v_full.at[0])
-            plgpu.barrier_wait(k_full.at[0])
+            plgpu.barrier_wait(shared.v_full.at[0])
+            plgpu.barrier_wait(shared.k_full.at[0])
 
             def step(i: jax.Array, dk: jax.Array) -> jax.Array:
                 slot = dout_ring.wait(i)
-                change = hopper.product(v_smem.at[hopper.within_loop(0, i)], dout_smem.at[slot].transpose((1, 0)))
-                change = change - mine.per_query(delta_smem, slot)
+                change = hopper.product(shared.v.at[hopper.within_loop(0, i)], shared.dout.at[slot].transpose((1, 0)))
+                change = change - mine.per_query(shared.delta, slot)
                 hand = lax.rem(i, 2)
                 plgpu.barrier_wait(p_full.at[hand])
                 slope = hopper.load(slopes_smem.at[hand, 0], plgpu.Layout.WGMMA)
@@ -236,7 +234,7 @@ def all_gradients(
                 # Not before the fence, as not only products have read from the slot.
                 dout_ring.release(i)
                 q_slot = q_ring.wait(i)
-                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, q_smem.at[q_slot]), dk)
+                dk = hopper.accumulate(lambda ref: hopper.matmul_into(ref, change, shared.q.at[q_slot]), dk)
                 q_ring.release(i)
                 share(i, half, width)
                 plgpu.barrier_arrive(p_free.at[hand])
@@ -244,7 +242,7 @@ def all_gradients(
 
             dk = lax.fori_loop(0, steps, step, hopper.filled((ROWS, width), 0.0, plgpu.Layout.WGMMA))
             plgpu.barrier_wait(done())
-            mine.store(dk * scores.scale, k_smem.at[0], dk_ref, pl.ds(mine.first, ROWS))
+            mine.store(dk * scores.scale, shared.k.at[0], dk_ref, pl.ds(mine.first, ROWS))
 
         if split:
             pl.when(me == 0)(values)
@@ -261,18 +259,9 @@ def all_gradients(
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
         scratch_types=(
-            hopper.tiles((owners, ROWS, width), dtype),
-            hopper.tiles((owners, ROWS, value_width), dtype),
-            hopper.tiles((stages, BLOCK, width), dtype),
-            plgpu.SMEM((stages, BLOCK), jnp.float32),
-            hopper.tiles((dout_stages, BLOCK, value_width), dtype),
-            plgpu.SMEM((dout_stages, BLOCK), jnp.float32),
+            Shared.types(k, v, split=split, block=BLOCK, stages=stages, dout_stages=dout_stages),
             hopper.tiles((2, owners, ROWS, BLOCK), dtype),
             hopper.tiles((CONSUMERS, BLOCK, columns), jnp.float32),
-            plgpu.Barrier(num_barriers=owners),
-            plgpu.Barrier(num_barriers=owners),
-            barriers(stages, 2, CONSUMERS),
-            barriers(dout_stages, 2, CONSUMERS),
             plgpu.Barrier(num_arrivals=owners, num_barriers=3),
             *(handed if split else ()),
         ),

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.attention.mosaic_gpu_scores import ROWS
+from pallas_kernels.attention.ring import Ring, barriers, ring
 from pallas_kernels.attention.walk import Walk, place
 
 CONSUMERS = 2
@@ -36,6 +38,51 @@ class Inputs(NamedTuple):
     low: Any
     high: Any
     ranges: Any
+
+
+class Shared(NamedTuple):
+    """The shared memory of such a kernel and its barriers; what one of them needs beside it comes behind.
+
+    Attributes:
+      k, v: of the thread block's keys, a part for each owner. q, lse, dout, delta: rings of what steps read.
+      k_full, v_full: a barrier for each owner. q_ring, dout_ring: those of the rings.
+    """
+
+    k: Any
+    v: Any
+    q: Any
+    lse: Any
+    dout: Any
+    delta: Any
+    k_full: Any
+    v_full: Any
+    q_ring: Any
+    dout_ring: Any
+
+    @classmethod
+    def types(cls, k: jax.Array, v: jax.Array, *, split: bool, block: int, stages: int, dout_stages: int) -> Shared:
+        """What to ask for. `split`: one owner of all keys; `block`: queries of a step; `stages`: steps in flight."""
+        owners = 1 if split else CONSUMERS
+        width, value_width, dtype = k.shape[3], v.shape[3], k.dtype
+        return cls(
+            k=hopper.tiles((owners, ROWS, width), dtype),
+            v=hopper.tiles((owners, ROWS, value_width), dtype),
+            q=hopper.tiles((stages, block, width), dtype),
+            lse=plgpu.SMEM((stages, block), jnp.float32),
+            dout=hopper.tiles((dout_stages, block, value_width), dtype),
+            delta=plgpu.SMEM((dout_stages, block), jnp.float32),
+            k_full=plgpu.Barrier(num_barriers=owners),
+            v_full=plgpu.Barrier(num_barriers=owners),
+            q_ring=barriers(stages, 2, CONSUMERS),
+            dout_ring=barriers(dout_stages, 2, CONSUMERS),
+        )
+
+    def rings(self, stages: int, dout_stages: int) -> tuple[Ring, Ring]:
+        """Those of queries with their log-sum-exps, and of the cotangents of the output with their deltas."""
+        return (
+            ring((self.q, self.lse), self.q_ring, stages),
+            ring((self.dout, self.delta), self.dout_ring, dout_stages),
+        )
 
 
 class KeyTile(NamedTuple):
@@ -83,11 +130,11 @@ class KeyTile(NamedTuple):
         of_group, at = self.walk.at(i)
         return self.kv_head * self.group + of_group, pl.ds(at * self.block, self.block)
 
-    def start(self, rows: Any, k: Any, v: Any, k_full: Any, v_full: Any) -> None:
-        """Begins to load the keys and values of `rows` to shared memory."""
+    def start(self, rows: Any, shared: Shared, owner: Any) -> None:
+        """Begins to load the keys and values of `rows` to an owner's part of shared memory."""
         x = self.inputs
-        plgpu.copy_gmem_to_smem(x.k.at[self.b, rows, self.kv_head], k, k_full)
-        plgpu.copy_gmem_to_smem(x.v.at[self.b, rows, self.kv_head], v, v_full)
+        for source, to, full in ((x.k, shared.k, shared.k_full), (x.v, shared.v, shared.v_full)):
+            plgpu.copy_gmem_to_smem(source.at[self.b, rows, self.kv_head], to.at[owner], full.at[owner])
 
     def seen(self, i: jax.Array, rows: Any) -> jax.Array:
         """bool[ROWS, block]: which of the keys in `rows` the queries of a step see."""

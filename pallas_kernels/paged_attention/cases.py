@@ -55,9 +55,9 @@ SMALL = {
     "decode mla positions, window": replace(TINY, kv_heads=1, width=192, value=128, ordered=False, window=200),
     "chunk": replace(TINY, tokens=40),
     "chunk int8, positions": replace(ONE, tokens=40, codes="int8", page=32, entries=5, ordered=False),
-    "decode int4": around_a_page(replace(TINY, codes="int4", page=32)),
+    "decode int4": around_a_page(replace(ONE, codes="int4", page=32)),
     "decode int4 d128, page of two blocks, positions": replace(
-        ONE, batch=2, width=128, codes="int4", page=128, entries=2, ordered=False
+        TINY, batch=2, width=128, codes="int4", page=128, entries=2, ordered=False
     ),
     "decode kivi 2 bits": around_a_page(replace(ONE, width=128, codes="kivi2", page=32)),
     "decode kivi 4 bits, page of a block": replace(TINY, codes="kivi4", page=64, entries=3, window=70),

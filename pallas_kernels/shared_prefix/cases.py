@@ -121,7 +121,7 @@ def alone(shape: Shape) -> Callable[..., Any]:
 
 SMALL = {
     "two groups": Shape(4, 2, 64, 32, 4, 2, 64, 0, 2, "float16", 32),
-    "int8": Shape(3, 1, 64, 32, 4, 2, 128, 0, 2, "float16", 32, codes=True),
+    "int8": Shape(3, 1, 64, 32, 2, 1, 128, 0, 2, "float16", 32, codes=True),
 }
 FULL = {
     "32 sequences on one prefix of 8k": Shape(),
