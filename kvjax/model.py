@@ -14,6 +14,7 @@ from kvjax.attention.dense import DenseAttend
 from kvjax.config import ModelConfig
 from kvjax.models import Decoder, Encoder
 from kvjax.models.goldfinch_initial import initial
+from kvjax.models.transformer import first_of_kind
 from kvjax.typing import Params
 
 
@@ -50,11 +51,15 @@ def parameter_shapes(config: ModelConfig, scan: bool = False) -> Params:
     module = Decoder(config, DenseAttend(), scan=scan)
     dummy = jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(lambda key: module.init(key, dummy, dummy, method="initialise"), jax.random.key(0))
+    params = dict(shapes["params"])
+    if not scan:
+        # Traced once for each kind of layer.
+        params |= {f"layers_{i}": params[f"layers_{same}"] for i, same in enumerate(first_of_kind(config))}
     if config.encoder is None:
-        return shapes["params"]
+        return params
     encoder = Encoder(config.encoder, DenseAttend(causal=False))
     read = jax.eval_shape(lambda key: encoder.init(key, dummy, dummy), jax.random.key(0))
-    return {**shapes["params"], "encoder": read["params"]}
+    return {**params, "encoder": read["params"]}
 
 
 def init(config: ModelConfig | str | Path, seed: int = 0, dtype: Any = None) -> Model:

@@ -8,7 +8,7 @@ each array with a leading axis L): what training wants, since a scan over layers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
@@ -168,10 +168,12 @@ class Decoder(nn.Module):
     def _split(self) -> int:
         return self.config.num_layers if self.config.read_from is None else self.config.read_from
 
-    def _below(self, tokens: jax.Array, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
+    def _below(
+        self, tokens: jax.Array, x: jax.Array, positions: jax.Array, cache: Any, only: Container[int] | None = None
+    ) -> tuple[jax.Array, Any, Any]:
         """Through the layers below `read_from`, or all; and what those above read."""
         c = self.config
-        x, cache = through(c, self.layers[: self._split], x, cache, positions)
+        x, cache = through(c, self.layers[: self._split], x, cache, positions, only=only)
         if c.goldfinch is not None:
             compressed, ids = self.compress(x)[:, :, None], tokens[:, :, None, None]
             held, cache = self.attend.hold(cache, 0, compressed, ids, positions)
@@ -210,9 +212,26 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def initialise(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Touches every parameter; only for `init` and shape inference."""
-        hidden, _ = self(tokens, positions, None)
-        return self.logits(hidden) if self.config.tie_word_embeddings else self.head(hidden)
+        """Touches every parameter, but of unrolled layers those of `first_of_kind` alone; only for shape inference."""
+        c = self.config
+        if self.scan:
+            hidden, _ = self(tokens, positions, None)
+        else:
+            only = set(first_of_kind(c))
+            # And the layers whose keys and values those read.
+            only |= {c.owners[index] for index in only if c.kind(index).reads}
+            x, cache, shared = self._below(tokens, self.embed_tokens(tokens), positions, None, only)
+            x, _ = through(c, self.layers, x, cache, positions, self._split, shared, only)
+            hidden = self.finish(x)
+        return self.logits(hidden) if c.tie_word_embeddings else self.head(hidden)
+
+
+def first_of_kind(config: ModelConfig) -> tuple[int, ...]:
+    """Per layer, the first layer that has parameters of the same shapes: a hundred layers are of few kinds."""
+    if config.goldfinch is not None:
+        return tuple(range(config.num_layers))
+    kinds = [config.kind(index) for index in range(config.num_layers)]
+    return tuple(kinds.index(kind) for kind in kinds)
 
 
 def through(
@@ -223,13 +242,16 @@ def through(
     positions: jax.Array,
     first: int = 0,
     shared: Any = None,
+    only: Container[int] | None = None,
 ) -> tuple[jax.Array, Any]:
     """x [B, T, hidden] through layers[first:]; what owners make of it is handed to their readers.
 
-    `shared`: what layers from `read_from` on read.
+    `shared`: what layers from `read_from` on read. `only`: layers that are not left out.
     """
     made: dict[int, Any] = {} if config.read_from is None else {config.read_from: shared}
     for index, layer in enumerate(layers[first:], first):
+        if only is not None and index not in only:
+            continue
         given = made[config.owners[index]] if config.kind(index).reads else None
         (x, cache), own = layer((x, cache), config.cache_layer(index), positions, given)
         if config.owners and not config.kind(index).reads:

@@ -408,7 +408,9 @@ def test_names_of_candidates_and_of_cases_are_unique() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [case for case in collect.every_case() if gates.applies("lower", case) is None], ids=lambda case: case.name
+    "case",
+    [case for case in collect.every_case() if gates.applies("lower", case) is None],
+    ids=lambda case: f"{case.backend} {case.name}",
 )
 def test_every_case_lowers_for_its_device(case: Case) -> None:
     verdict = gates.check("lower", case)
