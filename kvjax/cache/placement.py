@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from kvjax.cache.codecs.calibrated import calibrated
 from kvjax.cache.layout import GroupLayout
 from kvjax.cache.state import Cache, Group
 from kvjax.partition import AnyMesh, laid, mesh_of
@@ -46,9 +47,10 @@ def pinned(cache: Cache, mesh: AnyMesh | None = None) -> Cache:
 def pool_axes(layout: GroupLayout) -> str:
     """The letters of a pool's first axes, as `kvjax.partition` takes them.
 
-    A select sees the pool flat, as pages of single heads: these lie on all devices, or each step would gather them.
+    A select sees the pool flat, as pages of single heads, and calibrated codecs are read by no kernel but block by
+    block in plain products: such pools lie whole on all devices, or each step would gather them.
     """
-    return "" if layout.select is not None else "PLK"
+    return "" if layout.select is not None or calibrated(layout.codec) else "PLK"
 
 
 def as_pool(layout: GroupLayout, entries: Any) -> Any:

@@ -81,8 +81,7 @@ def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
 
     Raises:
       ConfigError: a policy that weighs a prompt's tokens by attention, on a model most of whose layers never see them;
-        or one that drops hidden states, or decides, on a model whose layers share what they must not; or a calibrated
-        codec, on a model that lies on a mesh.
+        or one that drops hidden states, or decides, on a model whose layers share what they must not.
     """
     if model.config.cross_from is not None and config.observes:
         raise ConfigError(
@@ -105,12 +104,6 @@ def layouts_of(model: Model, config: CacheConfig) -> tuple[GroupLayout, ...]:
     layouts = group_layers(model.config.kv_spec, model.config.cache_windows, config, model.dtype.name)
     check_deciding(model.config, layouts)
     check_turning(model.config, layouts)
-    coded = next((layout.codec for layout in layouts if calibrated(layout.codec)), None)
-    if coded is not None and mesh_of(model.params) is not None:
-        raise ConfigError(
-            f"{coded!r} cannot be used by a model that lies on a mesh: sequences split over devices were read back "
-            "otherwise than on one; choose another codec, such as codecs.KIVI(), or load the model without mesh"
-        )
     return layouts
 
 

@@ -63,6 +63,13 @@ def test_decoding_on_any_mesh_over_any_cache_is_that_on_one_device(seen: dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data", "both"])
+def test_codes_that_no_kernel_reads_are_on_a_mesh_what_they_are_on_one_device(seen: dict[str, Any], mesh: str) -> None:
+    # Read in plain products, which the compiler parts.
+    check_generation({**seen[f"generation kvquant {mesh}"], "apart": True})
+
+
+@pytest.mark.slow
 def test_a_live_state_stays_where_it_lies(seen: dict[str, Any]) -> None:
     assert seen["lives"]["tokens"] == [True, True]
     assert seen["lives"]["pool"] == [83, 1, 1, 4, 12]

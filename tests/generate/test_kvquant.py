@@ -493,9 +493,3 @@ def test_a_damaged_file_is_named(tmp_path):
         np.savez(file, key_least=np.zeros((2, 2, 8)), key_greatest=np.full((2, 2, 8), np.nan))
     with pytest.raises(CheckpointError, match="key_greatest holds numbers that are not finite"):
         Calibration.load(path)
-
-
-def test_a_model_on_a_mesh_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(layouts_of.__globals__, "mesh_of", lambda params: object())
-    with pytest.raises(ConfigError, match="lies on a mesh"):
-        kvjax.prefill(MODEL, [[1, 2, 3]], CacheConfig(codec=codec_of(MODEL.config)))
