@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -31,6 +30,7 @@ from rich.console import Console
 
 import kvjax
 from kvjax.errors import KvjaxError
+from pallas_kernels.checks.files import write_results
 
 
 @dataclasses.dataclass
@@ -229,9 +229,7 @@ def main(arguments: Arguments) -> None:
     }
     Console().print(markdown(results), highlight=False, soft_wrap=True)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-        arguments.out.with_suffix(".md").write_text(markdown(results))
+        write_results(arguments.out, results, markdown(results))
 
 
 if __name__ == "__main__":

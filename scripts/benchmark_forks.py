@@ -9,7 +9,6 @@ them by what is found here.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import kvjax
 from kvjax.attention import copies as reading
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.machine import about_machine, machine_line
+from pallas_kernels.checks.files import write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +127,7 @@ def main(arguments: Arguments) -> None:
     page = markdown(results)
     console.print(page, markup=False, highlight=False, soft_wrap=True)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(page)
+        write_results(arguments.out, results, page)
 
 
 if __name__ == "__main__":

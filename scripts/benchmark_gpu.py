@@ -38,7 +38,7 @@ from kvjax.generate.prefill import reserve_pages
 from kvjax.generate.state import layouts_of, make_cache
 from pallas_kernels.checks import timing
 from pallas_kernels.checks.arrays import random_array
-from pallas_kernels.checks.files import replace
+from pallas_kernels.checks.files import write_results
 from pallas_kernels.checks.report import versions
 from pallas_kernels.device import device_kind
 from pallas_kernels.tuning import device_name
@@ -237,8 +237,7 @@ def write(results: dict[str, Any], path: str | None) -> None:
     """JSON and a page; PATH without a suffix, None: nothing."""
     if path is not None:
         file = Path(path) / f"benchmark_{device_name(results['model'])}_{device_name(results['device'])}"
-        replace(file.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-        replace(file.with_suffix(".md"), markdown(results))
+        write_results(file, results, markdown(results))
 
 
 def markdown(results: dict[str, Any]) -> str:

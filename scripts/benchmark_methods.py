@@ -8,7 +8,6 @@ Random weights: bytes and times do not depend on what a model knows. Budgets are
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from kvjax.cache.state import Cache
 from kvjax.errors import KvjaxError
 from kvjax.evaluate.machine import about_machine, machine_line
 from kvjax.generate import prefill
+from pallas_kernels.checks.files import write_results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,9 +288,7 @@ def main(arguments: Arguments) -> None:
     results = {"machine": about, "arguments": given, **measure(arguments, Console(stderr=True))}
     Console().print(markdown(results), highlight=False, soft_wrap=True)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-        arguments.out.with_suffix(".md").write_text(markdown(results))
+        write_results(arguments.out, results, markdown(results))
 
 
 if __name__ == "__main__":

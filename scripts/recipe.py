@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from kvjax.train.recipe_file import RecipeFile
 from kvjax.train.recipe_table import Row, markdown, rows_of, summary
 from kvjax.train.recipe_work import Tell, Work
 from kvjax.train.tokenizer import END_ID
+from pallas_kernels.checks.files import write_results
 
 MARKS = {"plain": "o", "distilled": "D"}
 """Of healed models in the picture."""
@@ -108,9 +108,7 @@ def write(arguments: Arguments, file: RecipeFile, pieces: Pieces) -> None:
         "rows": summary(rows_of(file, pieces.results)),
         "pieces": pieces.results,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(page(arguments, file, pieces))
+    write_results(arguments.out, table, page(arguments, file, pieces))
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 
 def replace(path: Path, text: str) -> None:
@@ -11,3 +13,9 @@ def replace(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     beside.write_text(text)
     beside.replace(path)
+
+
+def write_results(out: Path, results: Any, page: str) -> None:
+    """Results for programs and the page for people: `out` with the suffixes .json and .md."""
+    replace(out.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
+    replace(out.with_suffix(".md"), page)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
-import json
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels.checks.case import Case
-from pallas_kernels.checks.files import replace
+from pallas_kernels.checks.files import replace, write_results
 from pallas_kernels.checks.gates import GATES, Verdict
 from pallas_kernels.checks.on_gpu import Result
 from pallas_kernels.checks.peers import Peer
@@ -178,10 +177,8 @@ class Report:
         """Writes kernels_DEVICE.json and .md, and, where kernels were compiled ahead of time, kernels_aot.md."""
         from pallas_kernels.checks.pages import compiled_page, page
 
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"kernels_{device_name(device_kind())}.json"
-        replace(path, json.dumps(self.as_json(), indent=1) + "\n")
-        replace(path.with_suffix(".md"), page(self))
+        write_results(path, self.as_json(), page(self))
         if any(row.gates["compile"].found for row in self.rows.values() if "compile" in row.gates):
             replace(folder / "kernels_aot.md", compiled_page(self))
         return path
