@@ -161,6 +161,9 @@ def test_a_sum_across_blocks_begins_at_zero_in_every_call() -> None:
         np.testing.assert_array_equal(again, found[0])
 
 
+@pytest.mark.skipif(
+    not mosaic_gpu_call.SERVES_FUSED, reason=f"sums across blocks need jax 0.11, here is {jax.__version__}"
+)
 def test_what_blocks_add_to_are_zeros_of_the_same_program() -> None:
     """Lowered for an H100: the sum shares memory with an operand, and that operand is a broadcast of 0."""
     with use_abstract_mesh(lowering.abstract_h100()):
@@ -170,7 +173,7 @@ def test_what_blocks_add_to_are_zeros_of_the_same_program() -> None:
     alias = re.search(r"output_tuple_indices = \[1\], operand_index = (\d)", attributes)
     assert alias is not None
     shared = operands.split(", ")[int(alias[1])]
-    # From jax 0.11 on its sharding is stated in between.
+    # Its sharding may be stated in between.
     if (stated := re.search(rf"{shared} = sdy.sharding_constraint (%\w+) ", program)) is not None:
         shared = stated[1]
     zeros = re.search(rf"{shared} = stablehlo.broadcast_in_dim (%\w+),", program)
