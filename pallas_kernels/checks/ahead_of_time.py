@@ -132,10 +132,10 @@ def _h100() -> Mesh:
 def compile_case(case: Case) -> list[Kernel]:
     """The Mosaic GPU and Triton kernels of a full case, and nothing else of it."""
     with _left_by_triton() as folder:
-        lowered = lower(case)
+        program: Any = lower(case).compiler_ir("stablehlo")
         # Triton compiles while it is lowered.
         made = [_triton_kernel(ptx) for ptx in sorted(folder.rglob("*.ptx"))]
-    return made + [_mosaic_kernel(custom) for custom in dict.fromkeys(_mosaic_calls(lowered))]
+    return made + [_mosaic_kernel(custom) for custom in dict.fromkeys(_mosaic_calls(program.operation))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,21 +146,15 @@ class _MosaicCall:
     attributes: tuple[tuple[str, bytes | bool], ...]
 
 
-def _mosaic_calls(lowered: jax.stages.Lowered) -> Iterator[_MosaicCall]:
-    """The program's calls of Mosaic GPU kernels, in order."""
-    program: Any = lowered.compiler_ir("stablehlo")
-
-    def calls(operation: Any) -> Iterator[_MosaicCall]:
-        for block in (block for region in operation.regions for block in region):
-            for inner in (inner.operation for inner in block):
-                target = inner.attributes["call_target_name"].value if inner.name == "stablehlo.custom_call" else ""
-                if target.startswith("mosaic_gpu"):
-                    given = inner.attributes["mhlo.backend_config"]
-                    values = ((entry.name, entry.attr) for entry in given)
-                    yield _MosaicCall(target, tuple((n, getattr(v, "value_bytes", None) or v.value) for n, v in values))
-                yield from calls(inner)
-
-    yield from calls(program.operation)
+def _mosaic_calls(operation: Any) -> Iterator[_MosaicCall]:
+    """The calls of Mosaic GPU kernels that an operation of MLIR is or holds, in order."""
+    target = operation.attributes["call_target_name"].value if operation.name == "stablehlo.custom_call" else ""
+    if target.startswith("mosaic_gpu"):
+        values = ((entry.name, entry.attr) for entry in operation.attributes["mhlo.backend_config"])
+        yield _MosaicCall(target, tuple((n, getattr(v, "value_bytes", None) or v.value) for n, v in values))
+    for block in (block for region in operation.regions for block in region):
+        for inner in block:
+            yield from _mosaic_calls(inner.operation)
 
 
 @functools.cache

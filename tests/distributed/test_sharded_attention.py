@@ -29,9 +29,9 @@ def check_training(found: dict[str, Any]) -> None:
     assert found["gradients"] < 1e-5
 
 
-def check_generation(found: dict[str, Any]) -> None:
-    """1e-5 of logits of order one: the same float32 sums in another order."""
-    assert found["apart"]
+def check_generation(found: dict[str, Any], apart: bool = True) -> None:
+    """1e-5 of logits of order one: the same float32 sums in another order. `apart`: each device attends by itself."""
+    assert found["apart"] == apart
     assert 0.1 < found["size"] < 10
     assert found["logits"] < 1e-5
     assert not found["pools moved"]
@@ -66,7 +66,7 @@ def test_decoding_on_any_mesh_over_any_cache_is_that_on_one_device(seen: dict[st
 @pytest.mark.parametrize("mesh", ["data", "both"])
 def test_codes_that_no_kernel_reads_are_on_a_mesh_what_they_are_on_one_device(seen: dict[str, Any], mesh: str) -> None:
     # Read in plain products, which the compiler parts.
-    check_generation({**seen[f"generation kvquant {mesh}"], "apart": True})
+    check_generation(seen[f"generation kvquant {mesh}"], apart=False)
 
 
 @pytest.mark.slow
