@@ -19,7 +19,7 @@ from pallas_kernels.hopper import JAX
 from pallas_kernels.tuning import Key, bucket, tuned
 
 SERVES_FUSED = JAX >= (0, 11)
-"""Under jax 0.10 the fused gradients spill registers at width 128, and cannot be batched: the two kernels serve."""
+"""Under jax 0.10 fused gradients spilled registers at width 128, and `sums` needs jax 0.11: the two kernels serve."""
 
 
 @dataclasses.dataclass(frozen=True)
